@@ -12,8 +12,9 @@ Conventions, the same in every backend:
 - a map whose largest magnitude is below the smallest normal float is dead: all statistics are 0;
 - p, and so entropy, area, centroid and covariance, are NaN where a value is negative (``clamp``
   applies relu first), and every statistic is NaN where a value is NaN or infinite;
-- det C / (C_yy C_xx) below ``area_tolerance`` counts as degenerate (a line, a point): ca = 0 and
-  no gradient.
+- det C / (C_yy C_xx) up to ``area_tolerance`` t counts as degenerate (a line, a point): ca = 0 and
+  no gradient; so does C_yy up to (t h)^2 or C_xx up to (t w)^2, which is what rounding of the
+  centroid leaves of a line along an axis.
 
 Source: Schoettl, A light-weight method to foster the (Grad)CAM interpretability, eqs. 1 to 3.
 """
@@ -93,7 +94,7 @@ def map_statistics(maps: Tensor, clamp: bool = False) -> Statistics:
     yy, yx, xx = ((p * d).sum((1, 2)) for d in (dy * dy, dy * dx, dx * dx))
     return Statistics(
         entropy=_entropy(u, dead, valid),
-        area=_area(yy, yx, xx),
+        area=_area(yy, yx, xx, *values.shape[1:]),
         dispersion=dispersion,
         mean=mean,
         variance=variance,
@@ -112,9 +113,14 @@ def _entropy(u: Tensor, dead: Tensor, valid: Tensor) -> Tensor:
     return -(p * torch.where(p == 0, 1.0, p).log()).sum((1, 2))
 
 
-def _area(yy: Tensor, yx: Tensor, xx: Tensor) -> Tensor:
+def _area(yy: Tensor, yx: Tensor, xx: Tensor, height: int, width: int) -> Tensor:
+    tolerance = area_tolerance(yy.dtype)
     determinant = yy * xx - yx * yx
-    degenerate = determinant <= area_tolerance(yy.dtype) * yy * xx
+    degenerate = (
+        (determinant <= tolerance * yy * xx)
+        | (yy <= (tolerance * height) ** 2)
+        | (xx <= (tolerance * width) ** 2)
+    )
     return torch.where(degenerate, 0.0, torch.where(degenerate, 1.0, determinant).sqrt())
 
 
