@@ -1,0 +1,5 @@
+"""Explainers."""
+
+from camkernels.explain.grad_cam import GradCAM
+
+__all__ = ["GradCAM"]
