@@ -68,8 +68,9 @@ def cam_bwd(
     grad_activations = grad_alpha = masked.new_empty(0)
     if alpha is not None:
         grad_activations = (accumulate(alpha)[:, :, None, None] * masked[:, None]).to(dtype)
-        if channels_last:
-            grad_activations = grad_activations.contiguous(memory_format=torch.channels_last)
+        # An elementwise product follows its operands' strides; the layout is promised instead.
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        grad_activations = grad_activations.contiguous(memory_format=layout)
     if activations is not None:
         values = accumulate(activations)
         grad_alpha = torch.bmm(values.flatten(2), masked.flatten(1).unsqueeze(2)).squeeze(2)
