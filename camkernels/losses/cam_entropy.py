@@ -172,7 +172,7 @@ class CAMEntropyLoss(nn.Module):
     def _regularizer(self, evaluations: list[Evaluation], valid: Tensor) -> Tensor:
         found = []
         for evaluation in evaluations:
-            value = self._measure(evaluation.statistics, evaluation.maps[0].numel())
+            value = self._measure(evaluation.statistics, _pixels(evaluation.maps))
             found.append(_reduce(value, valid & evaluation.statistics.live, self.reduction))
         return found[0] if len(found) == 1 else torch.stack(found).mean(0)
 
@@ -270,11 +270,11 @@ class _Terms:
         for name in _SIGNS:
             value = getattr(statistics, name)
             if name == "entropy" and self.normalize:
-                value = F.normalize_entropy(value, evaluation.maps[0].numel())
+                value = F.normalize_entropy(value, _pixels(evaluation.maps))
             yield name, _reduce(value, live, "mean")
-        count = live.sum()
+        count = live.sum(dtype=statistics.mean.dtype)
         yield "dead", 1 - count / self.valid.sum().clamp(min=1)
-        yield "live", count.to(statistics.mean.dtype)
+        yield "live", count
 
 
 def _reduce(values: Tensor, counted: Tensor, reduction: str) -> Tensor:
@@ -283,6 +283,10 @@ def _reduce(values: Tensor, counted: Tensor, reduction: str) -> Tensor:
         return kept
     total = kept.sum()
     return total if reduction == "sum" else total / counted.sum().clamp(min=1)
+
+
+def _pixels(maps: Tensor) -> int:
+    return maps.shape[1] * maps.shape[2]
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Evaluator:
         self.tap = tap
         self.relu = relu
         self.reshape_transform = reshape_transform
-        self._checked = False
+        self._held = False
         self._deviation: Tensor | None = None
 
     def __call__(self, logits: Tensor, classes: Tensor) -> list[Evaluation]:
@@ -52,7 +53,9 @@ class Evaluator:
         head = None if self.reshape_transform is not None else self.tap.usable_head()
         with torch.autocast(logits.device.type, enabled=False):
             if head is not None:
-                return [self._by_closed_form(head, spatial[0], logits, classes)]
+                evaluation = self._by_closed_form(head, spatial[0], logits, classes)
+                if evaluation is not None:
+                    return [evaluation]
             return self._by_autograd(activations, spatial, logits, classes)
 
     def other_classes(
@@ -73,7 +76,7 @@ class Evaluator:
             else:
                 (activations,) = self.tap.activations()
                 maps = _maps_of_all_classes(head, activations, self.relu)
-            return F.map_statistics(maps.flatten(0, 1)), maps[0, 0].numel(), counted
+            return F.map_statistics(maps.flatten(0, 1)), maps.shape[2] * maps.shape[3], counted
 
     def _spatial(self, activations: Tensor, name: str) -> Tensor:
         if self.reshape_transform is not None:
@@ -89,13 +92,14 @@ class Evaluator:
 
     def _by_closed_form(
         self, head: ClosedFormHead, activations: Tensor, logits: Tensor, classes: Tensor
-    ) -> Evaluation:
+    ) -> Evaluation | None:
         jacobian = head.jacobian(classes)
         weights = jacobian / (activations.shape[2] * activations.shape[3])
         statistics, maps, total = F.cam_statistics_and_total(
             activations, weights=weights, relu=self.relu
         )
-        self._guard(head, jacobian, total, activations, logits, classes)
+        if not self._guard(head, jacobian, total, activations, logits, classes):
+            return None
         return Evaluation(statistics, maps)
 
     @torch.no_grad()
@@ -107,14 +111,18 @@ class Evaluator:
         activations: Tensor,
         logits: Tensor,
         classes: Tensor,
-    ) -> None:
+    ) -> bool:
         """Hold sum_ij L_ij + b_c = y_c against the logits that the user passed.
 
         It breaks on a wrong head, active dropout, a stale forward and altered activations. Where
         reading it would stall a GPU it is read on the first call, then when terms are logged.
+
+        Returns:
+            False where the closed form has never held (a hook alters the head's values, say): the
+            head is then given up for autograd. Once it has held, breaking it raises.
         """
         if logits.shape[0] == 0:
-            return
+            return True
         score = logits.detach().gather(1, classes[:, None])[:, 0].to(total.dtype)
         offset = head.offset(classes)
         scale = head.magnitude(jacobian) + offset.abs() + torch.finfo(total.dtype).tiny
@@ -124,9 +132,14 @@ class Evaluator:
         previous = self._deviation
         self._deviation = deviation if previous is None else torch.maximum(previous, deviation)
         capturing = logits.is_cuda and torch.cuda.is_current_stream_capturing()
-        if (logits.device.type == "cpu" or not self._checked) and not capturing:
+        if (logits.device.type == "cpu" or not self._held) and not capturing:
+            if not self._held and float(deviation) > 1.0 and self.tap.head_choice == "auto":
+                self._deviation = None
+                self.tap.give_up_head("the closed form does not reproduce the logits")
+                return False
             self.read_guard()
-            self._checked = True
+            self._held = True
+        return True
 
     def read_guard(self) -> None:
         """Raise if the closed form failed its self-check since it was last read."""
@@ -204,7 +217,7 @@ def _score_scale(activations: Tensor) -> float:
     """Power of two that undoes the 1 / Z of pooling in float16 gradients; 1 for other dtypes."""
     if activations.dtype != torch.float16:
         return 1.0
-    pixels = activations[0, 0].numel() if activations.dim() == 4 else activations[0].shape[0]
+    pixels = math.prod(activations.shape[2:]) if activations.dim() == 4 else activations.shape[1]
     return float(min(1 << (pixels - 1).bit_length(), 1 << 12))
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+_NEUTRAL = (nn.Identity, nn.Flatten)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -196,14 +197,16 @@ def examine(
         module, source = step.module, step.input
         if source is None or step.output is None:
             return None, f"{type(module).__name__} in the head does not map a tensor to a tensor"
-        linked = _same_memory(source, current) and step.input_version == version
-        if not linked and not pooled and type(module) is nn.Linear:
+        # Steps are recorded after their module ran: an in-place one has bumped its input by then.
+        bumped = int(getattr(module, "inplace", False) and version >= 0)
+        linked = _same_memory(source, current) and step.input_version == version + bumped
+        if not linked and not pooled and isinstance(module, (nn.Linear, *_NEUTRAL, *_DROPOUT)):
             linked = pooled = _pooled_by_function(source, current)
             names += ["mean"] if pooled else []
         if not linked:
             return None, f"an operation that is no module runs before {type(module).__name__}"
         reason = None
-        if type(module) in (nn.Identity, nn.Flatten):
+        if type(module) in _NEUTRAL:
             pass
         elif isinstance(module, _DROPOUT):
             dropouts.append(module)  # whether it is active is asked at each use

@@ -77,7 +77,7 @@ def find_layers(
     model: nn.Module, layers: LayerLike | Sequence[LayerLike]
 ) -> list[tuple[str, nn.Module]]:
     """As :func:`find_layer`, for one or several layers."""
-    given = [layers] if isinstance(layers, (str, nn.Module)) else list(layers)
+    given = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     if not given:
         raise ValueError("layer: expected at least one layer, got an empty sequence")
     found = [find_layer(model, layer) for layer in given]

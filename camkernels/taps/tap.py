@@ -41,6 +41,7 @@ class _Hook:
         self.method = method
         self.arguments = arguments
 
+    @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:
         tap = self.tap()
         # Inside a backward a forward is a recomputation (checkpointing), not a new forward.
@@ -287,6 +288,11 @@ class Tap:
         if self.head_choice != "autograd" and len(self.modules) == 1:
             self._examined = False
             self._set_head(None, self.head_reason)
+
+    def give_up_head(self, reason: str) -> None:
+        """Take autograd from now on."""
+        self._examined = True
+        self._set_head(None, reason)
 
     def describe_head(self) -> str:
         """``closed form: ...`` or ``autograd: <why>``."""

@@ -1,0 +1,61 @@
+# Two commands: `make demo` and `make test`. Each sets everything up in .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+# On Linux plain `torch` from PyPI is the CUDA build. TORCH chooses another.
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+STAMP  := $(VENV)/.ready
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test test-slow lint format types doctor bench clean
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(STAMP): $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
+	$(PY) -m pip install --quiet --editable ".[train]"
+	touch $@
+
+# torchvision and timm give the tests real networks; without their dependencies, which would
+# replace a CPU build of torch.
+$(VENV)/.tests: $(STAMP)
+	$(PY) -m pip install --quiet --editable ".[train,dev,triton]"
+	$(PY) -m pip install --quiet --no-deps torchvision==0.28.0 timm
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/camtrain demo
+
+doctor: $(STAMP)
+	$(PY) -m camkernels.doctor
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+types: $(VENV)/.tests
+	$(BIN)/mypy
+
+format: $(VENV)/.tests
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+# The interpreter is chosen when Triton is imported, hence a process of its own.
+test: lint types
+	CAMKERNELS_REQUIRE=cpu $(PY) -m pytest tests -m "not slow and not gpu"
+	TRITON_INTERPRET=1 CAMKERNELS_REQUIRE=triton $(PY) -m pytest tests/ops -m "not slow and not gpu"
+
+test-slow: $(VENV)/.tests
+	CAMKERNELS_REQUIRE=cpu $(PY) -m pytest tests -m "slow and not gpu"
+
+bench: $(VENV)/.tests
+	$(PY) -m benchmarks run all --device cpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info camkernels/*.so
