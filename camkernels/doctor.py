@@ -5,6 +5,7 @@ Each backend is not only imported but run on a small map and held against the re
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -77,9 +78,8 @@ def check_backend(name: str) -> tuple[bool, str]:
 
 def _how(name: str) -> str:
     if name == "cpu":
-        from camkernels import _cpu
-
-        return f"C++, vector width {_cpu.simd_level()}"
+        module = importlib.import_module("camkernels._cpu")
+        return f"C++, vector width {module.simd_level()}"
     if name == "triton":
         return "Triton's interpreter, on CPU tensors" if backends.triton_interpreted() else "GPU"
     return "plain PyTorch"

@@ -107,9 +107,7 @@ def parameter_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     """Gradients of all parameters; zeros where a parameter got none."""
     parameters = list(model.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
-    ]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:

@@ -111,5 +111,3 @@ class GradCAM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-

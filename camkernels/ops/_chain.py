@@ -94,7 +94,7 @@ def _make_function(
         raise NotImplementedError(_FORWARD_MODE.format(name=name))
 
     class_name = "".join(part.capitalize() for part in name.split("_")) + "Function"
-    function = type(
+    function: type[torch.autograd.Function] = type(
         class_name,
         (torch.autograd.Function,),
         {
@@ -162,7 +162,7 @@ def reference_vjp(
         outputs = formula(*full)
         return tuple(outputs[i] for i in used)
 
-    _, pull_back = torch.func.vjp(restricted, *(inputs[i] for i in chosen))
+    _, pull_back, *_ = torch.func.vjp(restricted, *(inputs[i] for i in chosen))
     for i, gradient in zip(chosen, pull_back(tuple(cotangents[i] for i in used)), strict=True):
         results[i] = gradient
     return results

@@ -58,9 +58,7 @@ class Evaluator:
                     return [evaluation]
             return self._by_autograd(activations, spatial, logits, classes)
 
-    def other_classes(
-        self, logits: Tensor, classes: Tensor
-    ) -> tuple[F.MapStatistics, int, Tensor]:
+    def other_classes(self, logits: Tensor, classes: Tensor) -> tuple[F.MapStatistics, int, Tensor]:
         """Statistics of the maps of every class but ``classes``, one layer only.
 
         Returns:
@@ -163,9 +161,7 @@ class Evaluator:
         for values, gradient, scale in zip(spatial, gradients, scales, strict=True):
             if self.reshape_transform is not None:
                 gradient = self.reshape_transform(gradient)
-            statistics, maps = F.cam_statistics(
-                values, gradient, relu=self.relu, return_maps=True
-            )
+            statistics, maps = F.cam_statistics(values, gradient, relu=self.relu, return_maps=True)
             if not torch.is_grad_enabled():  # under no_grad the tapped layer is a leaf of ours
                 statistics = F.MapStatistics(*(s.detach() for s in statistics))
                 maps = maps.detach()
@@ -207,8 +203,8 @@ class Evaluator:
     def _unconnected(self) -> str:
         layers = ", ".join(repr(name) for name in self.tap.names)
         return (
-            f"the logits are not connected to the output of layer {layers} by autograd: they are of "
-            "another forward (a stale forward) or detached, the layer's output was replaced (by a "
+            f"the logits are not connected to the output of layer {layers} by autograd: they are "
+            "of another forward (a stale forward) or detached, the layer's output was replaced (by a "
             "later hook, or by a compiled region that ends behind it), or it does not lead to them"
         )
 

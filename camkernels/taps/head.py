@@ -136,10 +136,9 @@ def _is_global_average_pool(module: nn.Module, source: Tensor) -> bool:
         size = module.output_size
         return size in (1, (1, 1), [1, 1])
     if kind is nn.AvgPool2d:
-        kernel, padding = module.kernel_size, module.padding
-        kernel = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
-        whole = kernel == tuple(source.shape[-2:]) and padding in (0, (0, 0))
-        return whole and module.divisor_override is None
+        whole = nn.modules.utils._pair(module.kernel_size) == tuple(source.shape[-2:])
+        unpadded = module.padding in (0, (0, 0)) and module.divisor_override is None
+        return bool(whole and unpadded)
     # timm's own spelling of mean((2, 3))
     return kind.__name__ == "FastAdaptiveAvgPool" and kind.__module__.startswith("timm.")
 

@@ -77,7 +77,8 @@ def find_layers(
     model: nn.Module, layers: LayerLike | Sequence[LayerLike]
 ) -> list[tuple[str, nn.Module]]:
     """As :func:`find_layer`, for one or several layers."""
-    given = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    single = isinstance(layers, (str, nn.Module)) or not isinstance(layers, Sequence)
+    given: Sequence[LayerLike] = [layers] if single else layers  # type: ignore[list-item,assignment]
     if not given:
         raise ValueError("layer: expected at least one layer, got an empty sequence")
     found = [find_layer(model, layer) for layer in given]

@@ -41,7 +41,7 @@ class _Hook:
         self.method = method
         self.arguments = arguments
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
         tap = self.tap()
         # Inside a backward a forward is a recomputation (checkpointing), not a new forward.

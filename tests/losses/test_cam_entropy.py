@@ -1,4 +1,4 @@
-"""CAMEntropyLoss: gradients against eager autograd, and everything a trainer does to a criterion."""
+"""CAMEntropyLoss: gradients against eager autograd, and all that a trainer does to a criterion."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def both_gradients(
     ours = parameter_gradients(model, criterion(model(images), targets))
     torch.manual_seed(3)
     regularizer = options.get("regularizer", "entropy")
-    theirs = parameter_gradients(
-        twin, eager_loss(twin, layer, images, targets, beta, regularizer)
-    )
+    theirs = parameter_gradients(twin, eager_loss(twin, layer, images, targets, beta, regularizer))
     return ours, theirs, criterion
 
 
