@@ -58,7 +58,8 @@ class CAMEntropyLoss(nn.Module):
             there is none.
 
     Raises:
-        ValueError: an unknown layer (near names are told) or option. TypeError: ``nn.DataParallel``.
+        ValueError: an unknown layer (near names are told) or option.
+        TypeError: ``nn.DataParallel``.
 
     Source: Schoettl, A light-weight method to foster the (Grad)CAM interpretability, eqs. 1 to 6.
 

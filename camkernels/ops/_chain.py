@@ -88,13 +88,13 @@ def _make_function(
     backward: Callable[..., Any],
 ) -> type[torch.autograd.Function]:
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        return _vmap_by_folding(function, info.batch_size, in_dims, args)
+        return _vmap_by_folding(made, info.batch_size, in_dims, args)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(_FORWARD_MODE.format(name=name))
 
     class_name = "".join(part.capitalize() for part in name.split("_")) + "Function"
-    function: type[torch.autograd.Function] = type(
+    made: type[torch.autograd.Function] = type(
         class_name,
         (torch.autograd.Function,),
         {
@@ -105,7 +105,7 @@ def _make_function(
             "jvp": staticmethod(jvp),
         },
     )
-    return function
+    return made
 
 
 def _vmap_by_folding(

@@ -204,8 +204,8 @@ class Evaluator:
         layers = ", ".join(repr(name) for name in self.tap.names)
         return (
             f"the logits are not connected to the output of layer {layers} by autograd: they are "
-            "of another forward (a stale forward) or detached, the layer's output was replaced (by a "
-            "later hook, or by a compiled region that ends behind it), or it does not lead to them"
+            "of another forward (a stale forward) or detached, the layer's output was replaced (by "
+            "a later hook, or a compiled region that ends behind it), or it does not lead to them"
         )
 
 

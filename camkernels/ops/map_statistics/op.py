@@ -23,10 +23,8 @@ RETURNS_SCHEMA = ", ".join(["Tensor"] * COUNT)
 def fake_statistics(maps: Tensor) -> Statistics:
     """Outputs of the forward, uncomputed."""
     batch, dtype = maps.shape[0], _layout.accumulate_dtype(maps.dtype)
-    scalars = [maps.new_empty(batch, dtype=dtype) for _ in range(COUNT - 2)]
-    centroid = maps.new_empty((batch, 2), dtype=dtype)
-    covariance = maps.new_empty((batch, 2, 2), dtype=dtype)
-    return Statistics(*scalars, centroid, covariance)
+    shapes = ((batch,),) * (COUNT - 2) + ((batch, 2), (batch, 2, 2))
+    return Statistics._make(maps.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def _fwd_run_fake(maps: Tensor, clamp: bool) -> tuple[Tensor, ...]:
