@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from nets import SmallNet, batch, eager_maps
+from nets import SmallNet, batch, eager_loss, eager_maps
 from torch import Tensor, nn
 
 import camkernels as ck
@@ -292,3 +293,23 @@ def test_data_parallel_replicas_are_refused() -> None:
         replica = model._replicate_for_data_parallel()
         with pytest.raises(TypeError, match="DataParallel"):
             replica(torch.randn(1, 3, 12, 12))
+
+
+def test_distributed_data_parallel_is_opened(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        model = SmallNet("tanh").double()
+        twin = copy.deepcopy(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        images, targets = batch()
+        criterion = ck.CAMEntropyLoss(wrapped, "body", 2.0)
+        for _ in range(2):
+            wrapped.zero_grad()
+            criterion(wrapped(images), targets).backward()
+        eager_loss(twin, "body", images, targets, 2.0).backward()
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    finally:
+        torch.distributed.destroy_process_group()
