@@ -124,6 +124,26 @@ def _area(yy: Tensor, yx: Tensor, xx: Tensor, height: int, width: int) -> Tensor
     return torch.where(degenerate, 0.0, torch.where(degenerate, 1.0, determinant).sqrt())
 
 
+def _entries(statistic: Tensor) -> Tensor:
+    """(B, entries, 1, 1), to stand beside maps; also of an empty batch."""
+    return statistic.reshape(statistic.shape[0], statistic.shape[1:].numel(), 1, 1)
+
+
+def _entropy_slope(values: Tensor, mean: Tensor, entropy: Tensor) -> Tensor:
+    """ln p + ce, which is -S d ce / d M, and 0 where M = 0.
+
+    By convention a pixel at 0 is no part of the entropy, at any order: further derivatives must not
+    reach it through the mean either. ``own`` has the value of the mean, the slope of its live part.
+    """
+    positive = values > 0
+    part = torch.where(positive, values / mean.detach(), 0.0).mean((1, 2), keepdim=True)
+    own = mean.detach() * (1 + part - part.detach())
+    pixels = values.shape[1] * values.shape[2]
+    log_p = torch.where(positive, values / own / pixels, 1.0).log()
+    slope = torch.where(positive | entropy.isnan(), log_p + entropy, 0.0)
+    return slope * (mean / own)  # the caller divides by the mean
+
+
 def map_statistics_fwd(maps: Tensor, clamp: bool) -> tuple[Tensor, ...]:
     """The statistics, as every backend returns them."""
     return tuple(map_statistics(maps, clamp))
@@ -143,12 +163,12 @@ def map_statistics_bwd(maps: Tensor, *arguments: Any) -> Tensor:
     statistics, grad_statistics, clamp = arguments[:count], arguments[count:-1], arguments[-1]
     values = _prepared(maps, clamp)
     entropy, area, dispersion, mean, variance, centroid, covariance = (
-        s.reshape(s.shape[0], -1, 1, 1) for s in statistics
+        _entries(s) for s in statistics
     )
     entropy, area, dispersion, mean, variance = (
         s[:, 0] for s in (entropy, area, dispersion, mean, variance)
     )
-    to = [None if g is None else g.reshape(g.shape[0], -1, 1, 1) for g in grad_statistics]
+    to = [None if g is None else _entries(g) for g in grad_statistics]
     pixels = values.shape[1] * values.shape[2]
     dead = (mean == 0) & (variance == 0)
     live_mean = torch.where(dead, 1.0, mean)
@@ -159,9 +179,7 @@ def map_statistics_bwd(maps: Tensor, *arguments: Any) -> Tensor:
 
     live = torch.zeros_like(values)  # times 1 / S
     if to[0] is not None:
-        positive = values > 0
-        log_p = torch.where(positive, v / pixels, 1.0).log()
-        live = live - to[0][:, 0] * torch.where(positive | entropy.isnan(), log_p + entropy, 0.0)
+        live = live - to[0][:, 0] * _entropy_slope(values, live_mean, entropy)
     if to[1] is not None:
         degenerate = area == 0
         half = to[1][:, 0] / (2 * torch.where(degenerate, 1.0, area))
