@@ -1,0 +1,144 @@
+"""Host side that the Triton kernels share: tiles, splits, scratch counters, the launch itself.
+
+Imported only when the Triton backend runs.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Elements of one tile. With 4 warps a thread holds 32 of them: enough bytes in flight to hide the
+# latency of memory, few enough registers (below 128) for several programs per multiprocessor.
+TILE = 4096
+NUM_WARPS = 4
+# Programs wanted per multiprocessor when a forward is split over the channels: about what one
+# multiprocessor can hold at once, so that a small batch fills the GPU with one wave.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+MAX_PIXELS = 2**31 - 1  # pixel numbers within a map are 32 bit, offsets are 64 bit
+
+
+class Tile(NamedTuple):
+    """Block sizes of the kernels that read activations (B, K, h, w)."""
+
+    BLOCK_K: int
+    BLOCK_P: int
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **constants: Any) -> None:
+    """Run ``kernel`` once on the device of ``like``. Every launch of this package comes here."""
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors share the programs (under the interpreter: a small number)."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def pixel_block(pixels: int, largest: int) -> int:
+    """The largest block whose padding wastes little over the best one.
+
+    A 28x28 map fills 7 blocks of 128 to 88 %, but one of 1024 to 77 %: masked lanes cost slots.
+    """
+    smallest = min(64, largest)
+    if pixels <= smallest:
+        return max(16, power_of_two(pixels))
+    blocks = [2**i for i in range(smallest.bit_length() - 1, largest.bit_length())]
+    padded = {block: -(-pixels // block) * block for block in blocks}
+    return max(block for block in blocks if padded[block] <= 1.15 * min(padded.values()))
+
+
+def tile(channels: int, pixels: int, channels_last: bool) -> Tile:
+    """Blocks for activations of K channels and P pixels: long along what lies side by side."""
+    if channels_last:
+        block_k = min(max(16, power_of_two(channels)), 128)
+        return Tile(block_k, max(16, min(power_of_two(pixels), TILE // block_k)))
+    block_p = pixel_block(pixels, 512)
+    return Tile(max(1, min(power_of_two(channels), TILE // block_p)), block_p)
+
+
+def channel_chunk(batch: int, channels: int, block_k: int, device: torch.device) -> int:
+    """Channels of one program of a forward: all, or fewer where the batch alone is too small.
+
+    Depends on the shape and the GPU only, and partial sums are added in a fixed order, so equal
+    inputs give equal bits.
+    """
+    blocks = -(-channels // block_k)
+    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // batch)
+    return -(-blocks // min(wanted, blocks)) * block_k
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def arrival_counters(batch: int, device: torch.device) -> Tensor:
+    """Zeroed int32 counters (at least B), one per sample; kernels leave them at zero.
+
+    Kept per stream: launches of one stream never overlap, so they can share them. A CUDA graph
+    may be replayed on any stream and gets its own, zeroed inside the graph.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(batch, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    held = _counters.get((device, stream))
+    if held is None or held.numel() < batch:
+        size = max(1024, power_of_two(batch))
+        held = torch.zeros(size, dtype=torch.int32, device=device)
+        _counters[device, stream] = held
+    return held
+
+
+class PixelStrides(NamedTuple):
+    """How pixel p = y w + x of a tensor (..., h, w) is found: p stride_x where ``flat``."""
+
+    stride_y: int
+    stride_x: int
+    flat: bool
+
+
+def pixel_strides(tensor: Tensor) -> PixelStrides:
+    height, width = tensor.shape[-2:]
+    stride_y, stride_x = tensor.stride()[-2:]
+    if width == 1:
+        return PixelStrides(0, stride_y, True)
+    if height == 1 or stride_y == width * stride_x:
+        return PixelStrides(0, stride_x, True)
+    return PixelStrides(stride_y, stride_x, False)
+
+
+def alignment(pixels: int, *tensors: Tensor | None) -> int:
+    """The largest power of two up to 16 that divides P and the outer strides.
+
+    Triton sees by itself only that an argument is a multiple of 16; a 14x14 map would be read
+    one element at a time. So the kernels take these numbers divided by the alignment.
+    """
+    outer = [s for t in tensors if t is not None for s in t.stride()[:2]]
+    return math.gcd(16, pixels, *outer)
+
+
+def check_pixels(tensor: Tensor, name: str) -> int:
+    pixels = tensor.shape[-2] * tensor.shape[-1]
+    if pixels > MAX_PIXELS:
+        raise ValueError(
+            f"{name}: the Triton kernels take maps up to 2^31 - 1 pixels, got {pixels}"
+        )
+    return pixels
+
+
+def cdiv(a: int, b: int) -> int:
+    return int(triton.cdiv(a, b))
