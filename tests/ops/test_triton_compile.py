@@ -1,0 +1,126 @@
+"""Every Triton kernel compiles for GPUs that need not be present, without spilling registers.
+
+Compiled in processes without TRITON_INTERPRET, from the calls that the host code makes; what the
+kernels compute is tested elsewhere, in the interpreter (and on a GPU where there is one).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from camkernels import backends
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed"
+    ),
+    pytest.mark.skipif(
+        backends.triton_interpreted(), reason="compiles in processes without TRITON_INTERPRET"
+    ),
+]
+
+CAPABILITIES = (80, 90, 120)
+HELPER = Path(__file__).with_name("triton_aot.py")
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Record = dict[str, Any]
+
+
+def compile_group(capability: int, group: str) -> Any:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HELPER), str(capability), group],
+        env=environment, capture_output=True, text=True, timeout=3000,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def compile_everywhere(group: str) -> list[Any]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda capability: compile_group(capability, group), CAPABILITIES))
+
+
+def spilling(records: list[Record]) -> list[Record]:
+    return [r for r in records if r["local_bytes"] or r["local_accesses"]]
+
+
+def table(records: list[Record]) -> str:
+    lines = [f"{'kernel':28}{'sm':>4} {'dtype':9}{'layout':14}{'split':>6}{'regs':>6}{'shared':>8}"]
+    for r in records:
+        case = r["case"]
+        lines.append(
+            f"{r['kernel']:28}{r['capability']:>4} {case['dtype']:9}{case['layout']:14}"
+            f"{r['split']!s:>6}{r['registers']:>6}{r['shared_bytes']:>8}"
+            f"{'  SPILLS' if spilling([r]) else ''}"
+        )
+    return "\n".join(lines)
+
+
+def check(results: list[Any]) -> None:
+    for result in results:
+        records = result["compiled"]
+        print(table(records))
+        assert not spilling(records), "kernels use local memory:\n" + table(spilling(records))
+        missing = set(result["kernels"]) - {r["kernel"] for r in records}
+        assert not missing, f"no case compiles {sorted(missing)}: add one to triton_aot.py"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Any]:
+    return compile_everywhere("default")
+
+
+def test_kernels_compile_without_spilling(compiled: list[Any]) -> None:
+    check(compiled)
+
+
+def test_forwards_are_compiled_whole_and_split(compiled: list[Any]) -> None:
+    for result in compiled:
+        splits = {(r["kernel"], r["split"]) for r in result["compiled"]}
+        for op in ("cam", "cam_statistics"):
+            assert {(f"{op}_fwd_kernel", True), (f"{op}_fwd_kernel", False)} <= splits
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[Any]) -> None:
+    """Where rows of pixels, or of channels, are whole multiples of 16 bytes."""
+    checked = 0
+    for record in (r for result in compiled for r in result["compiled"]):
+        case, kernel = record["case"], record["kernel"]
+        if kernel.startswith("map_"):
+            continue
+        _, channels, height, width = case["shape"]
+        row = channels if case["layout"] == "channels_last" else height * width
+        if row * ITEM_BYTES[case["dtype"]] % 16:
+            continue
+        # 4096 elements of a tile over 128 threads, 16 bytes each time.
+        tile = 4096 * ITEM_BYTES[case["dtype"]] // 128 // 16
+        if "_fwd_" in kernel:
+            assert record["wide_loads"] >= tile * (2 if case["pooled"] else 1), record
+        else:
+            assert record["wide_loads"] >= tile, record
+            assert record["wide_stores"] >= tile, record
+        checked += 1
+    assert checked >= 3 * 16
+
+
+def test_the_guard_sees_spills() -> None:
+    """The same parser over a kernel squeezed into 32 registers."""
+    result = compile_group(90, "spill")
+    assert spilling(result["compiled"])
+    with pytest.raises(AssertionError, match="kernels use local memory"):
+        check([result])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_whole_cross_product_compiles_without_spilling() -> None:
+    check(compile_everywhere("slow"))

@@ -1,0 +1,202 @@
+"""Compile what the Triton backend would launch, for a GPU that need not be present.
+
+``python triton_aot.py CAPABILITY GROUP`` runs the host functions on CPU tensors with the launch
+replaced by a compilation, so the variants (specialised strides, alignments, None pointers, block
+sizes) are those of real calls, and prints one JSON record per kernel. GROUP: default, slow, or
+spill (one kernel squeezed into too few registers). Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import camkernels.ops
+from camkernels.ops import _triton_launch as host
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class AbsentGPU:
+    """As much of a Triton driver as a compilation asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Case(NamedTuple):
+    """One call of an op; ``wanted`` says which cotangents its backward makes."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "nchw"  # or channels_last, sliced
+    pooled: bool = True
+    wanted: str = "both"  # or activations, weights
+    relu: bool = True
+
+
+SPLIT, WHOLE = (2, 512, 28, 28), (600, 512, 14, 14)
+CAM = (
+    (WHOLE, "float32", "nchw", True),
+    (SPLIT, "float32", "nchw", False),
+    (SPLIT, "float32", "channels_last", True),
+    (WHOLE, "bfloat16", "nchw", False),
+    (SPLIT, "bfloat16", "channels_last", True),
+    (WHOLE, "float16", "channels_last", False),
+)
+MAPS = (
+    Case("map_statistics", (64, 6, 6)),
+    Case("map_statistics", (64, 28, 28), "bfloat16", relu=False),
+    Case("map_statistics", (64, 14, 14), "float16", "sliced"),
+)
+
+
+def cases(group: str) -> Iterator[Case]:
+    yield from MAPS
+    if group == "default":
+        for op, case in itertools.product(("cam", "cam_statistics"), CAM):
+            yield Case(op, *case)
+        return
+    shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
+    layouts = ("nchw", "channels_last", "sliced")
+    for op, shape, dtype, layout, pooled in itertools.product(
+        ("cam", "cam_statistics"), shapes, DTYPES, layouts, (True, False)
+    ):
+        for wanted in ("both", "activations", "weights") if shape == SPLIT else ("both",):
+            yield Case(op, shape, dtype, layout, pooled, wanted, relu=shape != WHOLE)
+
+
+def make(shape: tuple[int, ...], dtype: str, layout: str) -> Tensor:
+    """An uninitialised tensor; its memory is never touched."""
+    if layout == "sliced":
+        wide = torch.empty((*shape[:-1], 2 * shape[-1] + 1), dtype=DTYPES[dtype])
+        return wide[..., 1::2]
+    if layout == "channels_last":
+        return torch.empty(shape, dtype=DTYPES[dtype], memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=DTYPES[dtype])
+
+
+def call(case: Case) -> None:
+    """Forward and backward of one case, as the ops call the backend."""
+    backend = importlib.import_module(f"camkernels.ops.{case.op}.triton")
+    statistics = importlib.import_module("camkernels.ops.map_statistics.triton")
+    batch = case.shape[0]
+    grads = (*(torch.empty(1).expand(batch) for _ in range(3)), *(torch.empty(batch),) * 2)
+    grads = (*grads, torch.empty(batch, 2), torch.empty(batch, 2, 2))
+    if case.op == "map_statistics":
+        maps = make(case.shape, case.dtype, case.layout)
+        outputs = backend.map_statistics_fwd(maps, not case.relu)
+        backend.map_statistics_bwd(maps, *outputs, *grads, not case.relu)
+        return
+    channels_last = case.layout == "channels_last"
+    a = make(case.shape, case.dtype, case.layout)
+    g = make(case.shape, case.dtype, case.layout) if case.pooled else torch.empty(case.shape[:2])
+    maps, alpha, *rest = getattr(backend, f"{case.op}_fwd")(a, g, case.relu)
+    alpha = alpha if case.pooled else g
+    wanted = (
+        None if case.wanted == "activations" else a,
+        None if case.wanted == "weights" else alpha,
+    )
+    if case.op == "cam":
+        masks = maps if case.relu else None
+        backend.cam_bwd(torch.empty_like(maps), *wanted, masks, channels_last, a.dtype)
+    else:
+        used = grads if case.pooled else (grads[0], *(None,) * (statistics.COUNT - 1))
+        grad_maps = torch.empty_like(maps) if case.pooled else None
+        backend.cam_statistics_bwd(
+            maps, *wanted, grad_maps, *rest[1:], *used, case.relu, channels_last, a.dtype
+        )
+
+
+def kernels() -> list[str]:
+    """Every Triton kernel of the ops, found by looking: ``*_kernel`` in the rooms' triton.py."""
+    found = []
+    for room in pkgutil.iter_modules(camkernels.ops.__path__, "camkernels.ops."):
+        if room.ispkg and importlib.util.find_spec(f"{room.name}.triton"):
+            module = importlib.import_module(f"{room.name}.triton")
+            for name, value in vars(module).items():
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    found.append(name)
+    return sorted(found)
+
+
+def inspect(cubin: bytes) -> dict[str, int]:
+    """Registers, local memory and the widths of memory instructions, from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [str(TOOLS / "cuobjdump"), option, file.name],
+                capture_output=True, text=True, check=True,
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )  # fmt: skip
+    fields = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    return {
+        "registers": fields["REG"],
+        "local_bytes": fields["STACK"] + fields["LOCAL"],
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loads": len(re.findall(r"\bLDG\.", sass)),
+        "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.[\w.]*128", sass)),
+    }
+
+
+def main(capability: int, group: str) -> None:
+    driver.set_active(AbsentGPU(capability))  # type: ignore[arg-type]
+    seen: dict[str, dict[str, Any]] = {}
+    running: list[Case] = []
+    extra = {"maxnreg": 32} if group == "spill" else {}
+
+    def compile_only(kernel: Any, grid: Any, like: Tensor, *args: Any, **constants: Any) -> None:
+        compiled = kernel.run(*args, grid=grid, warmup=True, **constants, **extra)
+        if compiled.hash not in seen:
+            seen[compiled.hash] = {
+                "kernel": kernel.__name__,
+                "case": running[0]._asdict(),
+                "capability": capability,
+                "split": bool(constants.get("SPLIT")),
+                "shared_bytes": compiled.metadata.shared,
+                **inspect(compiled.asm["cubin"]),
+            }
+
+    host.launch = compile_only
+    host.multiprocessors = lambda device: 132
+    for case in [Case("cam", *CAM[0])] if group == "spill" else cases(group):
+        running[:] = [case]
+        call(case)
+    json.dump({"kernels": kernels(), "compiled": list(seen.values())}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
