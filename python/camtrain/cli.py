@@ -1,0 +1,165 @@
+"""The command line: ``camtrain fit`` and ``camtrain demo``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from camtrain import config as configuration
+from camtrain.config import CHOICES, FitConfig
+from camtrain.errors import CamtrainError
+
+_HELP = {
+    "recipe": "entropy: cross-entropy + beta x CAM entropy; baseline: beta = 0",
+    "data": "digits: scans among clutter, nothing to download; voc: boxes of PASCAL VOC",
+    "root": "folder that holds VOCdevkit",
+    "sets": "VOC sets to train on, year:split by commas",
+    "test_sets": "VOC sets to test on",
+    "difficult": "keep objects marked as difficult",
+    "test_boxes": "one box per test picture, always the same, or all",
+    "damaged": "files that cannot be read: skip and count them, or stop",
+    "image_size": "side of the square pictures, in pixels",
+    "limit_train": "at most so many training samples",
+    "limit_test": "at most so many test samples",
+    "arch": "smallresnet, a torchvision or timm name, torchvision:NAME, timm:NAME, module:factory",
+    "layer": "name of the layer whose map is taken (default: the last stage)",
+    "weights": "file with a state_dict, or 'pretrained' for the library's own",
+    "head_units": "hidden units of the head; 300 in the paper, 0: one linear layer",
+    "beta": "weight of the regulariser",
+    "regularizer": "which statistic of the map is driven",
+    "target": "map of the true or of the predicted class",
+    "other_classes": "weight of the negative term for classes known to be absent",
+    "normalize": "divide the entropy by its largest value, ln(h w)",
+    "label_smoothing": "as in nn.CrossEntropyLoss",
+    "head_path": "channel weights in closed form where possible (auto), or by autograd",
+    "backend": "which kernels run",
+    "epochs": "epochs",
+    "batch_size": "samples per step and device",
+    "lr": "learning rate of Adam",
+    "seed": "decides data, weights and order",
+    "precision": "as Lightning names it",
+    "channels_last": "lay out weights and pictures as NHWC",
+    "accelerator": "as Lightning names it: auto, cpu, gpu",
+    "devices": "number of devices",
+    "workers": "worker processes that load data",
+    "out": "run folder",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; flags of ``fit`` are the fields of :class:`FitConfig`."""
+    top = argparse.ArgumentParser(
+        prog="camtrain", description="Train classifiers with their explanation in the loss."
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    fit = commands.add_parser(
+        "fit",
+        help="train by a recipe",
+        description="Train by a recipe. Values come from the recipe's defaults (on voc those of "
+        "the paper), then --config, then flags.",
+    )
+    fit.add_argument("--config", type=Path, help="YAML file with the same keys as the flags")
+    fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    fit.add_argument("--overwrite", action="store_true", help="remove an earlier run in --out")
+    fit.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
+    hints = get_type_hints(FitConfig)
+    for name in configuration.fields():
+        kinds = get_args(hints[name]) or (hints[name],)
+        kind = next(k for k in kinds if k is not type(None))
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _HELP[name]}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif name in CHOICES:
+            options["choices"] = CHOICES[name]
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        fit.add_argument(f"--{name.replace('_', '-')}", **options)
+
+    demo = commands.add_parser("demo", help="what CAM entropy changes, on digits, in minutes")
+    demo.add_argument("--out", default="runs/demo", help="folder for table and figures")
+    demo.add_argument("--beta", type=float, default=None, help="weight of the CAM entropy")
+    demo.add_argument("--epochs", type=int, default=None, help="epochs of each run")
+    demo.add_argument("--seed", type=int, default=0, help="of both runs")
+    demo.add_argument("--limit-train", type=int, default=None, help="training samples")
+    demo.add_argument("--limit-test", type=int, default=None, help="test samples")
+    demo.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
+    return top
+
+
+def fit_config(arguments: argparse.Namespace) -> FitConfig:
+    """The configuration that the arguments of ``fit`` mean."""
+    given = {name: getattr(arguments, name) for name in configuration.fields() if name in arguments}
+    if arguments.resume:
+        out = Path(given.get("out", FitConfig.out))
+        stored = out / "config.yaml"
+        if not stored.is_file():
+            raise CamtrainError(f"resume: no run in {out} (no file {stored})")
+        if arguments.config is not None:
+            given = {**configuration.load(arguments.config), **given}
+        return configuration.resumed(stored, {**given, "out": str(out)})
+    file = None if arguments.config is None else configuration.load(arguments.config)
+    return configuration.resolve(given, file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 0, or 1 after an error that the message explains, or 130 after an interrupt."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        if arguments.command == "fit":
+            return _fit(arguments)
+        return _demo(arguments)
+    except CamtrainError as error:
+        print(f"camtrain: {error}", file=sys.stderr)
+        return 130 if type(error).__name__ == "InterruptedRunError" else 1
+    except KeyboardInterrupt:
+        print("camtrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _import_training() -> None:
+    """Lightning and torchmetrics, or a message that names what is missing."""
+    try:
+        import lightning.pytorch
+        import torchmetrics  # noqa: F401
+    except Exception as error:  # torchmetrics imports torchvision where it is installed
+        raise CamtrainError(
+            f"the training program needs lightning and torchmetrics, and one of them does not "
+            f"import: {type(error).__name__}: {error} (pip install 'camkernels[train]'; a "
+            "torchvision that does not match torch also breaks it)"
+        ) from error
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    config = fit_config(arguments)
+    _import_training()
+    from camtrain.fit import fit
+
+    run = fit(
+        config,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        progress=arguments.progress,
+    )
+    print(f"head: {run.head}; backend: {run.backend}; run folder: {config.out}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _import_training()
+    from camtrain.demo import demo
+
+    demo(
+        Path(arguments.out),
+        beta=arguments.beta,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        limit_train=arguments.limit_train,
+        limit_test=arguments.limit_test,
+        progress=arguments.progress,
+    )
+    return 0

@@ -1,0 +1,198 @@
+"""The configuration of a run: defaults of the recipe, then a YAML file, then flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from camtrain.errors import CamtrainError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "recipe": ("entropy", "baseline"),
+    "data": ("digits", "voc"),
+    "regularizer": ("entropy", "area", "dispersion"),
+    "target": ("true", "predicted"),
+    "head_path": ("auto", "autograd"),
+    "damaged": ("skip", "error"),
+    "precision": ("32-true", "16-mixed", "bf16-mixed", "64-true"),
+    "backend": ("auto", "reference", "cpu", "triton"),
+}
+
+
+@dataclass
+class FitConfig:
+    """Everything that decides a run. Field names are those of the YAML file and the flags."""
+
+    recipe: str = "entropy"
+    data: str = "digits"
+    root: str | None = None
+    sets: str = "2007:trainval,2012:trainval"
+    test_sets: str = "2007:test"
+    difficult: bool = False
+    test_boxes: str = "one"
+    damaged: str = "skip"
+    image_size: int = 64
+    limit_train: int | None = None
+    limit_test: int | None = None
+
+    arch: str = "smallresnet"
+    layer: str | None = None
+    weights: str | None = None
+    head_units: int = 0
+
+    beta: float = 0.0
+    regularizer: str = "entropy"
+    target: str = "true"
+    other_classes: float = 0.0
+    normalize: bool = False
+    label_smoothing: float = 0.0
+    head_path: str = "auto"
+    backend: str = "auto"
+
+    epochs: int = 10
+    batch_size: int = 50
+    lr: float = 1e-3
+    seed: int = 0
+    precision: str = "32-true"
+    channels_last: bool = False
+    accelerator: str = "auto"
+    devices: int = 1
+    workers: int = 0
+
+    out: str = "runs/fit"
+
+
+# The paper: ResNet-50, 300 units, boxes at 192 x 192, Adam at 0.001, batches of 20, 30 epochs.
+_DATA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "voc": {
+        "image_size": 192,
+        "arch": "resnet50",
+        "head_units": 300,
+        "epochs": 30,
+        "batch_size": 20,
+        "lr": 1e-3,
+        "workers": 2,
+    },
+    "digits": {"channels_last": True},  # half the time of NCHW for small networks on a CPU
+}
+_BETA = {"voc": 100.0, "digits": 1.0}
+
+# What may differ when a run is resumed: nothing that changes its data, its model or its loss.
+RESUMABLE = ("epochs", "workers", "out", "accelerator")
+
+
+def fields() -> dict[str, dataclasses.Field[Any]]:
+    """The fields of :class:`FitConfig` by name."""
+    return {field.name: field for field in dataclasses.fields(FitConfig)}
+
+
+def resolve(overrides: dict[str, Any], file: dict[str, Any] | None = None) -> FitConfig:
+    """Defaults of the recipe and data set, overridden by ``file``, then by ``overrides``.
+
+    Raises:
+        CamtrainError: an unknown key, a value of the wrong type or outside what is allowed.
+    """
+    given = {**checked(file or {}, "config file"), **checked(overrides, "command line")}
+    data = given.get("data", FitConfig.data)
+    recipe = given.get("recipe", FitConfig.recipe)
+    values: dict[str, Any] = dict(_DATA_DEFAULTS.get(data, {}))
+    values["beta"] = _BETA.get(data, 0.0) if recipe == "entropy" else 0.0
+    config = FitConfig(**{**values, **given})
+    validate(config)
+    return config
+
+
+def checked(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """``values`` with types put right (1 for 1.0), or an error that names the key."""
+    hints = get_type_hints(FitConfig)
+    result = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=3)
+            raise CamtrainError(
+                f"{source}: unknown key {key!r}"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+        result[name] = _converted(name, value, hints[name], source)
+    return result
+
+
+def _converted(name: str, value: Any, hint: Any, source: str) -> Any:
+    allowed = get_args(hint) or (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(t for t in allowed if t is not type(None))
+    try:
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)  # YAML reads 1e-3 as a string
+    except ValueError:
+        pass
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise CamtrainError(f"{source}: {name} must be {kind.__name__}, got {value!r}")
+
+
+def validate(config: FitConfig) -> None:
+    """Refuse values that cannot work, naming the key, what was got and what is allowed."""
+    for name, allowed in CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise CamtrainError(
+                f"{name}: got {getattr(config, name)!r}, allowed are {', '.join(allowed)}"
+            )
+    if config.recipe == "baseline" and config.beta != 0:
+        raise CamtrainError(
+            f"beta: recipe 'baseline' means beta = 0, got {config.beta}; take recipe 'entropy'"
+        )
+    if config.test_boxes not in ("one", "all"):
+        raise CamtrainError(f"test_boxes: got {config.test_boxes!r}, allowed are one, all")
+    least = {"epochs": 1, "batch_size": 1, "image_size": 8, "head_units": 0, "workers": 0}
+    for name, minimum in {**least, "devices": 1, "limit_train": 1, "limit_test": 1}.items():
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise CamtrainError(f"{name}: must be at least {minimum}, got {value}")
+    if not config.lr > 0:
+        raise CamtrainError(f"lr: must be above 0, got {config.lr}")
+    if config.data == "voc" and config.root is None:
+        raise CamtrainError("root: --data voc needs --root, the folder that holds VOCdevkit")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise CamtrainError(f"config: no file {path}") from None
+    except yaml.YAMLError as error:
+        raise CamtrainError(f"config: {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise CamtrainError(f"config: {path} must hold a mapping of keys to values")
+    return content
+
+
+def dump(config: FitConfig) -> str:
+    """YAML of ``config``; :func:`load` and :func:`resolve` give it back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def resumed(path: Path, overrides: dict[str, Any]) -> FitConfig:
+    """The configuration of the run in ``path``, with what may change on resuming changed."""
+    stored = resolve({}, load(path))
+    given = checked(overrides, "command line")
+    for name, value in given.items():
+        if name not in RESUMABLE and getattr(stored, name) != value:
+            raise CamtrainError(
+                f"{name}: the run was begun with {getattr(stored, name)!r}, got {value!r}; a "
+                f"resumed run may change only {', '.join(RESUMABLE)}"
+            )
+    kept = {name: value for name, value in given.items() if name in RESUMABLE}
+    config = dataclasses.replace(stored, **kept)
+    validate(config)
+    return config

@@ -1,0 +1,127 @@
+"""Metric state over an epoch: means over live maps, and how well maps find the object."""
+
+from __future__ import annotations
+
+import torch
+from camkernels import MapStatistics
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+STATISTICS = ("entropy", "area", "dispersion")
+
+
+def localisation(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Whether each map's maximum lies inside its box, and the share of its energy there.
+
+    Maps are upsampled bilinearly to the picture, then with M the upsampled map::
+
+        pointing = [argmax M in box],    energy = sum of M over the box / sum of M
+
+    Args:
+        maps: (B, h, w), not negative.
+        boxes: (B, 4) top, left, height, width in pixels of the picture.
+        size: height and width of the picture.
+
+    Returns:
+        pointing (B,) bool, energy (B,) float; False and 0 for a dead map.
+    """
+    large = F.interpolate(maps[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
+    top, left, height, width = (edge[:, None] for edge in boxes.to(large).unbind(1))
+    rows = torch.arange(size[0], device=large.device)[None] + 0.5  # centres of the pixels
+    columns = torch.arange(size[1], device=large.device)[None] + 0.5
+    inside_rows = (rows > top) & (rows < top + height)
+    inside_columns = (columns > left) & (columns < left + width)
+    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+    total = large.sum((1, 2))
+    live = total > 0
+    energy = (large * inside).sum((1, 2)) / torch.where(live, total, 1.0)
+    peak = large.flatten(1).argmax(1, keepdim=True)
+    pointing = inside.flatten(1).gather(1, peak)[:, 0] & live
+    return pointing, energy
+
+
+class MapMeasures(Metric):
+    """Means of entropy, area and dispersion over live maps, and the fraction of dead maps.
+
+    A dead map has the least entropy there is, so a mean that counted it would look like success.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in (*STATISTICS, "pointing", "energy", "live", "maps", "boxed"):
+            zero = torch.zeros((), dtype=torch.float64)
+            self.add_state(name, default=zero, dist_reduce_fx="sum")
+
+    def update(
+        self, statistics: MapStatistics, maps: Tensor, boxes: Tensor | None, size: tuple[int, int]
+    ) -> None:
+        """Add a batch: statistics of maps (B, h, w), boxes (B, 4) or None, size of the picture."""
+        live = statistics.live
+        for name in STATISTICS:
+            values = getattr(statistics, name).double()
+            setattr(self, name, getattr(self, name) + values[live].sum())
+        self.live += live.sum()
+        self.maps += live.numel()
+        if boxes is not None:
+            pointing, energy = localisation(maps, boxes, size)
+            self.pointing += pointing[live].sum()
+            self.energy += energy[live].double().sum()
+            self.boxed += live.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over live maps (NaN where there is none), ``dead``, and with boxes the scores."""
+        result = {name: getattr(self, name) / self.live for name in STATISTICS}
+        result["dead"] = 1 - self.live / self.maps
+        if self.boxed > 0:
+            result["pointing"] = self.pointing / self.boxed
+            result["energy"] = self.energy / self.boxed
+        return result
+
+
+class EpochMeasures(torch.nn.Module):
+    """Everything that is measured on one split in one epoch."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(classes, average="micro")
+        self.loss = MeanMetric()
+        self.cross_entropy = MeanMetric()
+        self.maps = MapMeasures()
+
+    def update(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        loss: Tensor,
+        cross_entropy: Tensor,
+        statistics: MapStatistics,
+        maps: Tensor,
+        boxes: Tensor | None,
+        size: tuple[int, int],
+    ) -> None:
+        """Add a batch."""
+        self.accuracy.update(logits.detach(), targets)
+        self.loss.update(loss.detach(), len(targets))
+        self.cross_entropy.update(cross_entropy.detach(), len(targets))
+        self.maps.update(statistics, maps, boxes, size)
+
+    def compute(self) -> dict[str, float]:
+        """All values of the epoch; empty where no batch came."""
+        if self.loss.weight == 0:
+            return {}
+        values = {
+            "accuracy": self.accuracy.compute(),
+            "loss": self.loss.compute(),
+            "cross_entropy": self.cross_entropy.compute(),
+            **self.maps.compute(),
+        }
+        return {name: float(value) for name, value in values.items()}
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        for metric in (self.accuracy, self.loss, self.cross_entropy, self.maps):
+            metric.reset()
