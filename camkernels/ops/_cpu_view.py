@@ -1,0 +1,57 @@
+"""What the C++ kernels are given: pointers, dtype codes, how work is split, how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# As in csrc/common/view.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+NO_STRIDES = (0, 0, 0, 0)
+
+# Elements read below which waking a second thread costs more than it saves.
+_SERIAL_BELOW = 1 << 15
+# Bytes written from which stores pass the caches by: what is larger than a last-level cache is
+# gone from it before anyone reads it.
+_STREAM_FROM = 1 << 25
+# Blocks of channels: enough for many cores also where the batch is small, none below 64 channels
+# (a partial map costs as much as a channel). The shape alone decides, so that sums are added in
+# the same order whatever the thread count.
+_TASKS, _SMALLEST_BLOCK = 64, 64
+
+
+def channel_block(batch: int, channels: int) -> int:
+    """Channels per block; blocks of one sample become partial maps that are added in order."""
+    blocks = max(1, min(-(-_TASKS // max(batch, 1)), channels // _SMALLEST_BLOCK))
+    per_block = -(-channels // blocks)
+    return -(-per_block // 16) * 16  # whole cache lines of float32 in channels_last
+
+
+def threads(elements: int) -> int:
+    """What ``torch.set_num_threads`` allows; 1 for little work."""
+    return 1 if elements < _SERIAL_BELOW else torch.get_num_threads()
+
+
+def streams(elements: int, dtype: torch.dtype) -> bool:
+    """Whether an output of this size is stored past the caches."""
+    return elements * dtype.itemsize >= _STREAM_FROM
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Memory that holds the values themselves (a view may be marked as negated)."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` contiguous in ``dtype``: itself, or a copy. For (B,) and (B, K) sized tensors."""
+    tensor = resolved(tensor)
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
+def pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Addresses; 0 for None. The caller keeps the tensors alive."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

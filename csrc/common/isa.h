@@ -1,0 +1,23 @@
+// Which instruction set this translation unit is compiled for.
+//
+// A kernel source is compiled once per instruction set, each time in a namespace of its own, so
+// that no function compiled for AVX-512 can be merged by the linker with one that a smaller
+// machine runs. For the same reason kernels use no function of the C++ library: the linker keeps
+// one copy of an inline function, whichever unit it came from.
+#pragma once
+
+#ifndef CAMKERNELS_ISA
+#define CAMKERNELS_ISA baseline
+#endif
+
+// Declares a kernel in the namespace of every instruction set.
+#define CAMKERNELS_DECLARE_KERNEL(name, Arguments) \
+  namespace baseline {                             \
+  void name(const Arguments& arguments);           \
+  }                                                \
+  namespace avx2 {                                 \
+  void name(const Arguments& arguments);           \
+  }                                                \
+  namespace avx512 {                               \
+  void name(const Arguments& arguments);           \
+  }
