@@ -12,19 +12,19 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet "$(TORCH)" numpy
+	$(PY) -m pip install -qq --upgrade pip
+	$(PY) -m pip install -qq "$(TORCH)" numpy
 	touch $@
 
 $(STAMP): $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
-	$(PY) -m pip install --quiet --editable ".[train]"
+	$(PY) -m pip install -qq --editable ".[train]"
 	touch $@
 
 # torchvision and timm give the tests real networks; without their dependencies, which would
 # replace a CPU build of torch.
 $(VENV)/.tests: $(STAMP)
-	$(PY) -m pip install --quiet --editable ".[train,dev,triton]"
-	$(PY) -m pip install --quiet --no-deps torchvision==0.28.0 timm
+	$(PY) -m pip install -qq --editable ".[train,dev,triton]"
+	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm
 	touch $@
 
 demo: $(STAMP)
