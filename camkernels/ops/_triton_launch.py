@@ -3,6 +3,8 @@
 Imported only when the Triton backend runs.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 
@@ -61,13 +63,25 @@ def pixel_block(pixels: int, largest: int) -> int:
     return max(block for block in blocks if padded[block] <= 1.15 * min(padded.values()))
 
 
-def tile(channels: int, pixels: int, channels_last: bool) -> Tile:
-    """Blocks for activations of K channels and P pixels: long along what lies side by side."""
+def tile(channels: int, pixels: int, channels_last: bool, wide: bool) -> Tile:
+    """Blocks for activations of K channels and P pixels: long along what lies side by side.
+
+    ``wide``: a load takes several elements. If not, each element has a 64-bit address of its own
+    in registers, and a whole tile of them takes 160 to 200 registers a thread, or spills.
+    """
+    elements = TILE if wide else TILE // 2
     if channels_last:
         block_k = min(max(16, power_of_two(channels)), 128)
-        return Tile(block_k, max(16, min(power_of_two(pixels), TILE // block_k)))
+        return Tile(block_k, max(16, min(power_of_two(pixels), elements // block_k)))
     block_p = pixel_block(pixels, 512)
-    return Tile(max(1, min(power_of_two(channels), TILE // block_p)), block_p)
+    return Tile(max(1, min(power_of_two(channels), elements // block_p)), block_p)
+
+
+def is_wide(channels: int, align: int, strides: PixelStrides, channels_last: bool) -> bool:
+    """Whether a load takes several elements: of neighbouring channels, or of pixels."""
+    if channels_last:
+        return channels % 16 == 0
+    return align >= 4 and strides.flat and strides.stride_x == 1
 
 
 def channel_chunk(batch: int, channels: int, block_k: int, device: torch.device) -> int:

@@ -6,6 +6,7 @@ Kernels run in the interpreter here (``TRITON_INTERPRET=1 pytest tests/ops``), o
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -109,7 +110,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         launch(kernel, grid, *args, **constants)
 
     monkeypatch.setattr(host, "launch", recorded)
-    monkeypatch.setattr(host, "tile", lambda channels, pixels, channels_last: host.Tile(4, 16))
+    monkeypatch.setattr(host, "tile", lambda *args: host.Tile(4, 16))
     return grids
 
 
@@ -176,17 +177,19 @@ def test_the_bits_do_not_depend_on_which_program_comes_last(
 
 
 @interpreted
-@pytest.mark.parametrize("dimension", [0, 1, 2, 3])
-def test_offsets_are_64_bit(dimension: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dimension", [0, 1, 2, 3, "pixels"])
+def test_offsets_are_64_bit(dimension: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strides that fit 32 bit with products that do not; the memory between is never touched."""
     from triton.runtime import interpreter
 
     # The interpreter works in place on CPU tensors, and then copies the storage onto itself.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-    stride = 2**30 + 16
     strides = [27, 9, 3, 1]
-    strides[dimension] = stride
-    storage = torch.empty(2 * stride + 128, dtype=torch.float16)
+    if isinstance(dimension, int):
+        strides[dimension] = 2**30 + 16
+    else:  # rows without a gap, so one stride for all pixels
+        strides = [3, 1, 3 * (2**28 + 16), 2**28 + 16]
+    storage = torch.empty(2 * sum(strides) + 1, dtype=torch.float16)
     far = storage.as_strided((3, 3, 3, 3), strides)
     values = torch.randn(3, 3, 3, 3).half()
     far.copy_(values)
@@ -226,10 +229,12 @@ def test_pixel_blocks_waste_little() -> None:
 def test_tiles_stay_within_their_size(channels_last: bool) -> None:
     for channels in (1, 3, 64, 100, 2048):
         for pixels in (1, 36, 49, 784, 50176):
-            blocks = host.tile(channels, pixels, channels_last)
-            assert blocks.BLOCK_K * blocks.BLOCK_P <= host.TILE
-            assert all(b == host.power_of_two(b) for b in blocks)
-    longest = host.tile(2048, 784, channels_last)
+            for wide in (True, False):
+                blocks = host.tile(channels, pixels, channels_last, wide)
+                largest = host.TILE if wide else host.TILE // 2
+                assert math.prod(blocks) <= largest
+                assert all(b == host.power_of_two(b) for b in blocks)
+    longest = host.tile(2048, 784, channels_last, True)
     assert (longest.BLOCK_K > longest.BLOCK_P) == channels_last
 
 

@@ -72,6 +72,9 @@ CAM = (
     (WHOLE, "bfloat16", "nchw", False),
     (SPLIT, "bfloat16", "channels_last", True),
     (WHOLE, "float16", "channels_last", False),
+    # One element a load, hence most addresses: the first to spill.
+    ((20, 2048, 7, 7), "float32", "nchw", True),
+    ((20, 2048, 6, 6), "bfloat16", "sliced", False),
 )
 MAPS = (
     Case("map_statistics", (64, 6, 6)),

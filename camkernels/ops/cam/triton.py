@@ -80,12 +80,14 @@ def forward_launch(activations: Tensor, gradients: Tensor, maps: Tensor, relu: b
     pixels = host.check_pixels(activations, "activations")
     pooled = gradients.dim() == 4
     alpha = maps.new_empty((batch, channels)) if pooled else gradients
-    blocks = host.tile(channels, pixels, _layout.is_channels_last(activations))
+    align = host.alignment(pixels, activations, gradients if pooled else None)
+    of_a = host.pixel_strides(activations)
+    channels_last = _layout.is_channels_last(activations)
+    wide = host.is_wide(channels, align, of_a, channels_last)
+    blocks = host.tile(channels, pixels, channels_last, wide)
     chunk = host.channel_chunk(batch, channels, blocks.BLOCK_K, activations.device)
     n_splits = host.cdiv(channels, chunk)
     split = n_splits > 1
-    align = host.alignment(pixels, activations, gradients if pooled else None)
-    of_a = host.pixel_strides(activations)
     of_g = host.pixel_strides(gradients) if pooled else of_a
     g_outer = gradients.stride()[:2] if pooled else (0, 0)
     block_r = min(host.power_of_two(max(pixels, 16)), 1024)
@@ -143,13 +145,14 @@ class Backward:
             )  # fmt: skip
         if activations is not None:
             self.grad_alpha = maps.new_empty((batch, channels), dtype=torch.float32)
-        blocks = host.tile(channels, pixels, channels_last)
         align = host.alignment(pixels, activations)
         strides: tuple[int, ...] = (0, 0)
-        of_a = host.PixelStrides(0, 0, True)
+        of_a = host.PixelStrides(0, 1, True)
         if activations is not None:
             strides = activations.stride()[:2]
             of_a = host.pixel_strides(activations)
+        wide = host.is_wide(channels, align, of_a, channels_last)
+        blocks = host.tile(channels, pixels, channels_last, wide)
         self.grid = (batch, host.cdiv(channels, blocks.BLOCK_K))
         self.tensors = (
             activations,
