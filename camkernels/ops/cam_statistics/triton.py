@@ -20,7 +20,12 @@ from camkernels.ops._triton_statistics import (
     write_statistics,
 )
 from camkernels.ops.cam.triton import Backward, forward_launch
-from camkernels.ops.map_statistics.triton import COUNT, cotangent_arguments, empty_statistics
+from camkernels.ops.map_statistics.triton import (
+    COTANGENT_STRIDES,
+    COUNT,
+    cotangent_arguments,
+    empty_statistics,
+)
 
 
 @triton.jit
@@ -58,7 +63,7 @@ def cam_statistics_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COTANGENT_STRIDES)
 def cam_statistics_bwd_kernel(
     maps_ptr, grad_maps_ptr, activations_ptr, alpha_ptr, grad_activations_ptr, grad_alpha_ptr,
     entropy_ptr, area_ptr, dispersion_ptr, mean_ptr, variance_ptr, centroid_ptr, covariance_ptr,

@@ -19,6 +19,12 @@ from camkernels.ops._triton_statistics import (
 from camkernels.ops.map_statistics.reference import Statistics
 
 COUNT = len(Statistics._fields)
+# 0 for the cotangent of a sum, 1 or more for others: no reason to compile anew.
+COTANGENT_STRIDES = [
+    *(f"stride_{name}" for name in Statistics._fields[:5]),
+    *("stride_centroid_b", "stride_centroid_i"),
+    *(f"stride_covariance_{axis}" for axis in "bij"),
+]
 
 
 @triton.jit
@@ -37,7 +43,7 @@ def map_statistics_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COTANGENT_STRIDES)
 def map_statistics_bwd_kernel(
     maps_ptr, grad_maps_ptr,
     entropy_ptr, area_ptr, dispersion_ptr, mean_ptr, variance_ptr, centroid_ptr, covariance_ptr,
