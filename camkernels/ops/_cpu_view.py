@@ -17,14 +17,15 @@ _SERIAL_BELOW = 1 << 15
 # gone from it before anyone reads it.
 _STREAM_FROM = 1 << 25
 # Blocks of channels: enough for many cores also where the batch is small, none below 64 channels
-# (a partial map costs as much as a channel). The shape alone decides, so that sums are added in
-# the same order whatever the thread count.
-_TASKS, _SMALLEST_BLOCK = 64, 64
+# (a partial map costs as much as a channel), none above 2048 (long float32 sums round). The shape
+# alone decides, so that sums are added in the same order whatever the thread count.
+_TASKS, _SMALLEST_BLOCK, _LARGEST_BLOCK = 64, 64, 2048
 
 
 def channel_block(batch: int, channels: int) -> int:
     """Channels per block; blocks of one sample become partial maps that are added in order."""
     blocks = max(1, min(-(-_TASKS // max(batch, 1)), channels // _SMALLEST_BLOCK))
+    blocks = max(blocks, -(-channels // _LARGEST_BLOCK))
     per_block = -(-channels // blocks)
     return -(-per_block // 16) * 16  # whole cache lines of float32 in channels_last
 

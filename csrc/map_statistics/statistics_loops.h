@@ -171,7 +171,7 @@ static void statistics_of(const A* map, int64_t height, int64_t width, int64_t b
 // its logarithm; see the reference.
 template <class A>
 struct Slope {
-  bool dead, all_pixels, uses_log;
+  bool live, all_pixels, uses_log, uses_deviation;  // live: there is a part that goes with 1 / S
   A live_mean, mean, entropy, row, column;
   A to_log;                                           // -grad of the entropy
   A constant, to_value, dy, dx, dy_dy, dy_dx, dx_dx;  // times 1 / S
@@ -193,8 +193,10 @@ static Slope<A> slope_of(int64_t b, int64_t pixels, const void* const* statistic
   const A yy = known[6][0], yx = known[6][1], xx = known[6][3];
   s.entropy = *known[0];
   s.mean = *known[3];
-  s.dead = s.mean == 0 && *known[4] == 0;
-  s.live_mean = s.dead ? (A)1 : s.mean;
+  const bool dead = s.mean == 0 && *known[4] == 0;
+  s.live_mean = dead ? (A)1 : s.mean;
+  constexpr int kLive[] = {0, 1, 2, 5, 6};
+  for (const int i : kLive) s.live = s.live || (!dead && to[i] != nullptr);
   // Where nothing depends on the position, a centroid that is NaN must not reach the gradient.
   if ((to[1] != nullptr && area != 0) || to[5] != nullptr || to[6] != nullptr) {
     s.row = known[5][0];
@@ -217,7 +219,8 @@ static Slope<A> slope_of(int64_t b, int64_t pixels, const void* const* statistic
     s.constant -= 2 * *to[2] * (1 + dispersion);
   }
   if (to[3] != nullptr) s.plain = *to[3] / (A)pixels;
-  if (to[4] != nullptr && !s.dead) s.deviation = 2 * *to[4] / (A)pixels;
+  s.uses_deviation = to[4] != nullptr && !dead;
+  if (s.uses_deviation) s.deviation = 2 * *to[4] / (A)pixels;
   if (to[5] != nullptr) {
     s.dy = to[5][0];
     s.dx = to[5][1];
@@ -235,7 +238,8 @@ static Slope<A> slope_of(int64_t b, int64_t pixels, const void* const* statistic
 template <class A>
 static CAMKERNELS_INLINE Vec<A> slope_at(const Slope<A>& s, Vec<A> map, A dy, Vec<A> dx, A pixels) {
   Vec<A> gradient = {};
-  if (!s.dead) {
+  if (s.uses_deviation) gradient = s.deviation * (map - s.mean);
+  if (s.live) {  // a signed map may have a mean of 0
     const Vec<A> value = map / s.live_mean;
     Vec<A> live = s.constant + s.dy * dy + s.dy_dy * (dy * dy) + s.to_value * value +
                   dx * (s.dx + s.dy_dx * dy + s.dx_dx * dx);
@@ -245,7 +249,7 @@ static CAMKERNELS_INLINE Vec<A> slope_at(const Slope<A>& s, Vec<A> map, A dy, Ve
       const Mask<A> counted = s.all_pixels ? ~Mask<A>{} : positive;
       live += s.to_log * (counted ? log_p + s.entropy : Vec<A>{});
     }
-    gradient = live / s.live_mean / pixels + s.deviation * (map - s.mean);
+    gradient += live / s.live_mean / pixels;
   }
   return gradient + s.plain;
 }
