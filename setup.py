@@ -194,6 +194,7 @@ class NinjaBuild(build_ext):
         install_file(built, Path(self.get_ext_fullpath(ext.name)))
 
     def _leave_out(self, ext: Extension, reason: str) -> None:
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
         self.warn(
             f"installing without {ext.name}, the C++ kernels for the CPU: {reason}. "
             "Everything works, by plain PyTorch on the CPU, only slower; "
@@ -219,8 +220,11 @@ class NinjaBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
             built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
+            target = ROOT / self.get_ext_filename(ext.name)
             if built.exists():
-                install_file(built, ROOT / self.get_ext_filename(ext.name))
+                install_file(built, target)
+            else:
+                target.unlink(missing_ok=True)
 
 
 setup(
