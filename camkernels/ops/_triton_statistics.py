@@ -220,7 +220,7 @@ def pixel_cotangent(
         dy, dx = y - row, x - column
         live += q + dy * (q_y + q_yy * dy + q_yx * dx) + dx * (q_x + q_xx * dx)
     grad = tl.zeros(m.shape, tl.float32)
-    if ENTROPY or DISPERSION or QUADRATIC:  # a signed map may have a mean of 0
+    if (ENTROPY or DISPERSION) or QUADRATIC:  # a signed map may have a mean of 0
         grad = tl.where(dead, 0.0, tl.div_rn(tl.div_rn(live, divisor), count))
     deviation = tl.where(dead, 0.0, m - mean)
     return grad + tl.div_rn(to_mean + to_variance * deviation, count)
