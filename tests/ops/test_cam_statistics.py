@@ -64,6 +64,13 @@ class TestCamStatistics(OpTests):
             # Marked by NaN (test_a_negative_value_...); only the moments have gradients.
             for name in ("entropy", "area", "centroid", "covariance"):
                 cotangents[2 + Statistics._fields.index(name)] = None
+            mean = maps.mean((1, 2)).abs()
+            if bool((mean < 0.1 * maps.abs().amax((1, 2))).any()):
+                if hypothesis.currently_in_test_context():
+                    hypothesis.event("dispersion not compared: a signed map with a mean of nearly 0")
+                dispersion = 2 + Statistics._fields.index("dispersion")
+                cotangents[dispersion] = None
+                left_out.add(dispersion)
         return Case(
             (a, g),
             {"relu": relu},
@@ -78,7 +85,9 @@ class TestCamStatistics(OpTests):
         for name, a, g in extreme_activations(dtype):
             for relu in (True, False):
                 tensors = a.to(dtype), g.to(dtype)
-                yield f"{name}, relu={relu}", self._case(Request(), *tensors, relu)
+                # At 1e30 the variance, and with it the cotangent of A beside it, is beyond float32.
+                used = tuple(o != "variance" or "huge maps" not in name for o in self.outputs)
+                yield f"{name}, relu={relu}", self._case(Request(used=used), *tensors, relu)
 
     def saved_bytes(self, case: Case) -> int:
         """The maps and their statistics; A for the cotangent of G; alpha for that of A."""

@@ -193,7 +193,9 @@ def map_statistics_bwd(maps: Tensor, *arguments: Any) -> Tensor:
         cross = to[6][:, 1] + to[6][:, 2]
         live = live + to[6][:, 0] * (dy * dy - yy) + cross * (dy * dx - yx)
         live = live + to[6][:, 3] * (dx * dx - xx)
-    gradient = torch.where(dead, 0.0, live / live_mean / pixels)
+    gradient = torch.zeros_like(values)
+    if any(to[i] is not None for i in (0, 1, 2, 5, 6)):  # a signed map may have a mean of 0
+        gradient = torch.where(dead, 0.0, live / live_mean / pixels)
     if to[3] is not None:
         gradient = gradient + to[3][:, 0] / pixels
     if to[4] is not None:
