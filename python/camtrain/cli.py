@@ -30,6 +30,7 @@ _HELP = {
     "weights": "file with a state_dict, or 'pretrained' for the library's own",
     "head_units": "hidden units of the head; 300 in the paper, 0: one linear layer",
     "beta": "weight of the regulariser",
+    "warmup_epochs": "epochs of cross-entropy alone before the regulariser sets in",
     "regularizer": "which statistic of the map is driven",
     "target": "map of the true or of the predicted class",
     "other_classes": "weight of the negative term for classes known to be absent",

@@ -77,7 +77,9 @@ class Classifier(pl.LightningModule):
         return torch.optim.Adam(parameters, lr=self.config.lr)
 
     def on_train_epoch_start(self) -> None:
-        """Dropout and the like repeat after a resume: the state hangs on (seed, epoch)."""
+        """Set beta of the epoch, and the random state, so that dropout repeats after a resume."""
+        warm = self.current_epoch >= self.config.warmup_epochs
+        self.criterion.beta = self.config.beta if warm else 0.0
         torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
 
     def _step(self, batch: dict[str, Any], split: str) -> Tensor | None:
