@@ -14,7 +14,7 @@ static void forward(const CamForward& args) {
     for (int64_t task = 0; task < tasks; ++task) {
       forward_block<A>(args, task / blocks, task % blocks);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < args.sizes.batch; ++b) {
       A* map = join_blocks<A>(args, b);
       if (args.relu) relu_row<A>(map, args.sizes.pixels());
@@ -47,7 +47,7 @@ static void backward(const CamBackward& args) {
   {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < args.sizes.batch; ++b) mask_gradient<A>(args, b);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tasks; ++task) {
       backward_block<A>(args, task / blocks, task % blocks);
     }

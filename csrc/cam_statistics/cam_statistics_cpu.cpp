@@ -17,7 +17,7 @@ static void forward(const CamStatisticsForward& args) {
     for (int64_t task = 0; task < tasks; ++task) {
       forward_block<A>(cam, task / blocks, task % blocks);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < cam.sizes.batch; ++b) {
       A* map = join_blocks<A>(cam, b);
       static_cast<A*>(args.total)[b] = dot_row<A, A, true>(map, nullptr, pixels);
@@ -64,7 +64,7 @@ static void backward(const CamStatisticsBackward& args) {
   {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < cam.sizes.batch; ++b) map_gradient<A>(args, b);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < tasks; ++task) {
       backward_block<A>(cam, task / blocks, task % blocks);
     }
