@@ -211,5 +211,5 @@ class TestCamStatisticsBeyond32Bits:
         run = TestCamStatistics().run("cpu")
         far_case = Case((a, weights), case.options, case.wanted, case.cotangents)
         found, expected = derivatives(run, far_case, 1), derivatives(run, case, 1)
-        for label, value in expected.items():
-            assert torch.equal(found[label], value), label
+        for label, value in expected.items():  # other strides may sum in another order
+            torch.testing.assert_close(found[label], value, msg=label)

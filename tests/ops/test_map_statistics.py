@@ -306,8 +306,8 @@ class TestMapStatisticsBeyond32Bits:
             derivatives(run, Case((m,), {"clamp": False}, (True,), cotangents), 1)
             for m in (maps, values)
         )
-        for label, value in expected.items():
-            assert torch.equal(found[label], value), label
+        for label, value in expected.items():  # other strides may sum in another order
+            torch.testing.assert_close(found[label], value, msg=label)
 
     def test_more_elements_than_31_bits(self) -> None:
         side = 1024
