@@ -84,7 +84,7 @@ _DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     # the paper begins with a network trained on ImageNet.
     "digits": {"channels_last": True, "warmup_epochs": 3},
 }
-_BETA = {"voc": 100.0, "digits": 0.1}
+_BETA = {"voc": 100.0, "digits": 0.2}
 
 # What may differ when a run is resumed: nothing that changes its data, its model or its loss.
 RESUMABLE = ("epochs", "workers", "out", "accelerator")
@@ -155,8 +155,10 @@ def validate(config: FitConfig) -> None:
         )
     if config.test_boxes not in ("one", "all"):
         raise CamtrainError(f"test_boxes: got {config.test_boxes!r}, allowed are one, all")
-    least = {"epochs": 1, "batch_size": 1, "image_size": 8, "head_units": 0, "workers": 0, "warmup_epochs": 0}
-    for name, minimum in {**least, "devices": 1, "limit_train": 1, "limit_test": 1}.items():
+    least = {"epochs": 1, "batch_size": 1, "image_size": 8, "devices": 1}
+    least |= {"limit_train": 1, "limit_test": 1}
+    least |= {"head_units": 0, "workers": 0, "warmup_epochs": 0}
+    for name, minimum in least.items():
         value = getattr(config, name)
         if value is not None and value < minimum:
             raise CamtrainError(f"{name}: must be at least {minimum}, got {value}")

@@ -10,8 +10,7 @@ from camtrain.data.sampling import Draw, EpochSampler
 from camtrain.data.voc import CLASSES, Box, VOCBoxes, crop, read_annotation
 from camtrain.errors import CamtrainError, DamagedDataError
 from PIL import Image
-
-from .conftest import PART, TinyVOC
+from voc_files import PART, TinyVOC
 
 
 def test_coordinates_count_from_one_and_both_ends_are_inside(voc: TinyVOC) -> None:
