@@ -190,7 +190,9 @@ def _run(
     handler = signal.getsignal(signal.SIGINT)
     saved = folder / CHECKPOINT
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+        trainer.fit(
+            module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint)
+        )
     except (SystemExit, KeyboardInterrupt) as error:
         done = f"after epoch {checkpoint_epoch(saved)}" if saved.is_file() else "from the start"
         raise InterruptedRunError(

@@ -15,6 +15,7 @@ from camtrain import config as configuration  # noqa: E402
 from camtrain.config import FitConfig  # noqa: E402
 from voc_files import TinyVOC  # noqa: E402
 
+
 @pytest.fixture
 def voc(tmp_path: Path) -> TinyVOC:
     """Three pictures: 000001 with three dogs, cats and birds, 000002 and 000003 with one each."""

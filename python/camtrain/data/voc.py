@@ -108,7 +108,9 @@ def read_annotation(path: Path) -> tuple[VOCObject, ...]:
         if not (0 < height < math.inf and 0 < width < math.inf):
             raise DamagedDataError(f"{path}: object {name!r}: box of no area")
         difficult = (node.findtext("difficult") or "0").strip() == "1"
-        objects.append(VOCObject(CLASSES.index(name), Box(y0 - 1, x0 - 1, height, width), difficult))
+        objects.append(
+            VOCObject(CLASSES.index(name), Box(y0 - 1, x0 - 1, height, width), difficult)
+        )
     return tuple(objects)
 
 
@@ -119,7 +121,9 @@ def find_devkit(root: Path) -> Path:
     for folder in (root / "VOCdevkit", root):
         if any(folder.glob("VOC20[0-9][0-9]")):
             return folder
-    raise CamtrainError(f"root: neither {root} nor {root / 'VOCdevkit'} holds a folder VOC2007 etc.")
+    raise CamtrainError(
+        f"root: neither {root} nor {root / 'VOCdevkit'} holds a folder VOC2007 etc."
+    )
 
 
 def read_names(devkit: Path, year: str, split: str) -> tuple[Path, list[str]]:

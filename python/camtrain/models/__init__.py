@@ -119,7 +119,9 @@ def _factory(module: str, name: str) -> nn.Module:
     try:
         factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise CamtrainError(f"arch: module:factory {module}:{name} is not there: {error}") from error
+        raise CamtrainError(
+            f"arch: module:factory {module}:{name} is not there: {error}"
+        ) from error
     return _made(factory, f"{module}:{name}")
 
 
@@ -153,7 +155,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     ):
         raise CamtrainError(f"weights: {path} holds no state_dict")
     state = {key.removeprefix("module."): value for key, value in content.items()}
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return {
+        key: value.float() if value.is_floating_point() else value for key, value in state.items()
+    }
 
 
 def _fits(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
