@@ -132,7 +132,10 @@ def test_triton_refuses_tensors_of_another_device(monkeypatch: pytest.MonkeyPatc
 
 @needs_cpu
 def test_cpu_refuses_tensors_of_another_device() -> None:
-    with ck.backend("cpu"), pytest.raises(ck.BackendUnavailableError, match="CPU tensors, got meta"):
+    with (
+        ck.backend("cpu"),
+        pytest.raises(ck.BackendUnavailableError, match="CPU tensors, got meta"),
+    ):
         ck.map_statistics(torch.empty(1, 2, 2, device="meta"))
 
 

@@ -39,7 +39,12 @@ BAD_GRADIENTS = [
     (A, G.long(), TypeError, r"gradients: expected float32.*got torch.int64"),
     (A.bool(), G, TypeError, r"activations: expected float32.*got torch.bool"),
     (A.to(torch.complex64), G, TypeError, r"activations: expected float32"),
-    (A, G.to("meta"), ValueError, r"gradients: expected on the device of activations, cpu, got meta"),
+    (
+        A,
+        G.to("meta"),
+        ValueError,
+        r"gradients: expected on the device of activations, cpu, got meta",
+    ),
     (A.to("meta"), G, ValueError, r"expected on the device of activations, meta, got cpu"),
     (A.double(), G, TypeError, r"gradients: float64 goes with float64 only, got torch.float32"),
     (A, G.double(), TypeError, r"gradients: float64 goes with float64 only, got torch.float64"),
@@ -67,11 +72,19 @@ def test_bad_activations_and_gradients(
     [
         (G, ValueError, r"weights: expected shape \(B, K\)"),
         (W[0], ValueError, r"weights: expected shape \(B, K\), got \(3,\)"),
-        (W[:, :2], ValueError, r"weights: expected \(B, K\) = \(2, 3\) of activations, got \(2, 2\)"),
+        (
+            W[:, :2],
+            ValueError,
+            r"weights: expected \(B, K\) = \(2, 3\) of activations, got \(2, 2\)",
+        ),
         (W[:1], ValueError, r"weights: expected \(B, K\) = \(2, 3\) of activations, got \(1, 3\)"),
         (W.int(), TypeError, r"weights: expected float32.*got torch.int32"),
         (W.double(), TypeError, r"weights: float64 goes with float64 only"),
-        (W.to("meta"), ValueError, r"weights: expected on the device of activations, cpu, got meta"),
+        (
+            W.to("meta"),
+            ValueError,
+            r"weights: expected on the device of activations, cpu, got meta",
+        ),
         (W.to_sparse(), TypeError, r"weights: expected a dense"),
     ],
 )

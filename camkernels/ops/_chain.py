@@ -1,7 +1,7 @@
 """One specification per kernel; from it the autograd.Function and the library op.
 
 Eager calls (and functorch transforms) run the Function, which calls the backend directly. While
-``torch.compile`` traces, the library op of the same specification is taken: compilers silently
+``torch.compile`` or a dispatch mode traces, the library op of the same specification is taken: compilers silently
 drop the second order of a Function (measured, see CONTRIBUTING.md), never that of a library op.
 
 An op is a chain of two: ``<op>_fwd`` differentiates by calling ``<op>_bwd``, and ``<op>_bwd``
@@ -76,9 +76,15 @@ class Link:
         self.library.register_autograd(backward, setup_context=setup_context)
 
     def __call__(self, *args: Any, backend: str) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_traced():
             return self.library(*args, backend)
         return self.function.apply(*args, backend)
+
+
+def _is_traced() -> bool:
+    """Whether tensors may hold no data: under a compiler, or under a dispatch mode (fake tensors,
+    make_fx, the tracing of AOTAutograd, which runs backwards outside ``is_compiling``)."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _make_function(

@@ -233,9 +233,7 @@ class OpTests:
     @pytest.mark.parametrize("option", [True, False])
     def test_bad_values_stay_in_their_sample(self, backend: str, bad: float, option: bool) -> None:
         for variant in self.variants:
-            case = self.example(
-                batch=4, channels=5, variant=variant, kind="smooth", option=option
-            )
+            case = self.example(batch=4, channels=5, variant=variant, kind="smooth", option=option)
             for argument in range(self.arguments):
                 broken = [t.clone() for t in case.tensors]
                 broken[argument][2].view(-1)[1] = bad
@@ -247,7 +245,9 @@ class OpTests:
                     assert torch.equal(values[kept], clean[label][kept]), f"{label}: leaked"
                     assert bool(values[kept].isfinite().all()), label
                 spoilt = derivatives(self.formula, other, 0)
-                assert bad == -math.inf or not all(bool(v.isfinite().all()) for v in spoilt.values())
+                assert bad == -math.inf or not all(
+                    bool(v.isfinite().all()) for v in spoilt.values()
+                )
                 for label, expected in spoilt.items():
                     marked = found[label].cpu().isfinite()
                     assert torch.equal(marked, expected.isfinite()), f"{label}: {bad} is not seen"

@@ -171,7 +171,12 @@ def derivatives(
     for level in range(1, order + 1):
         further = level < order
         found = torch.autograd.grad(
-            values, sources, weights, create_graph=further, allow_unused=True, materialize_grads=True
+            values,
+            sources,
+            weights,
+            create_graph=further,
+            allow_unused=True,
+            materialize_grads=True,
         )
         results.update({f"order {level}, {i}": g.detach() for i, g in enumerate(found)})
         if level == 1:
@@ -188,7 +193,9 @@ def _per_sample(error: Tensor) -> Tensor:
     """The largest entry of each sample, shaped so that it broadcasts."""
     if error.dim() == 0 or error.numel() == 0:
         return error
-    return error.flatten(1).amax(1).view(-1, *(1,) * (error.dim() - 1)) if error.dim() > 1 else error
+    return (
+        error.flatten(1).amax(1).view(-1, *(1,) * (error.dim() - 1)) if error.dim() > 1 else error
+    )
 
 
 def _sample_maximum(values: Tensor) -> Tensor:

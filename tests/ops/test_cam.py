@@ -46,7 +46,10 @@ class TestCam(OpTests):
             cotangents = self.cotangents(Request(), [(a.shape[0], *a.shape[2:])])
             tensors = (a.to(dtype), g.to(dtype))
             for relu in (True, False):
-                yield f"{name}, relu={relu}", Case(tensors, {"relu": relu}, (True, True), cotangents)
+                yield (
+                    f"{name}, relu={relu}",
+                    Case(tensors, {"relu": relu}, (True, True), cotangents),
+                )
 
     def saved_bytes(self, case: Case) -> int:
         """A for the cotangent of G, alpha for that of A, the maps for the ReLU; never G."""
@@ -158,7 +161,7 @@ class TestCamBeyond32Bits:
     def test_offsets_over_31_bits(self, far: str) -> None:
         shape = (2, 2, 2, 2)
         stride = [8, 4, 2, 1]
-        stride["batch channel row column".split().index(far)] = BIG + 17
+        stride[["batch", "channel", "row", "column"].index(far)] = BIG + 17
         storage = torch.empty(BIG + 40, dtype=torch.float16)
         a = storage.as_strided(shape, stride)
         values = torch.arange(16.0).view(shape)

@@ -67,7 +67,9 @@ class TestCamStatistics(OpTests):
             mean = maps.mean((1, 2)).abs()
             if bool((mean < 0.1 * maps.abs().amax((1, 2))).any()):
                 if hypothesis.currently_in_test_context():
-                    hypothesis.event("dispersion not compared: a signed map with a mean of nearly 0")
+                    hypothesis.event(
+                        "dispersion not compared: a signed map with a mean of nearly 0"
+                    )
                 dispersion = 2 + Statistics._fields.index("dispersion")
                 cotangents[dispersion] = None
                 left_out.add(dispersion)
@@ -201,7 +203,7 @@ class TestCamStatisticsBeyond32Bits:
     @pytest.mark.parametrize("far", ["batch", "channel", "row", "column"])
     def test_offsets_over_31_bits(self, far: str) -> None:
         stride = [18, 9, 3, 1]
-        stride["batch channel row column".split().index(far)] = BIG + 17
+        stride[["batch", "channel", "row", "column"].index(far)] = BIG + 17
         storage = torch.empty(2 * BIG + 90, dtype=torch.float16)
         a = storage.as_strided((2, 2, 3, 3), stride)
         values = (torch.arange(36.0).view(2, 2, 3, 3) / 8 + 1).half()

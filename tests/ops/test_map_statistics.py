@@ -65,9 +65,7 @@ class TestMapStatistics(OpTests):
         for name, maps in extreme_maps(dtype):
             cotangents = self.cotangents(Request(), shapes_of(maps.shape[0]))
             for clamp in (True, False):
-                case = Case(
-                    (maps.to(dtype),), {"clamp": clamp}, (True,), cotangents, units=UNITS
-                )
+                case = Case((maps.to(dtype),), {"clamp": clamp}, (True,), cotangents, units=UNITS)
                 yield f"{name}, clamp={clamp}", case
                 if clamp or dtype != torch.float32:
                     continue
@@ -295,7 +293,7 @@ class TestMapStatisticsBeyond32Bits:
     @pytest.mark.parametrize("far", ["batch", "row", "column"])
     def test_offsets_over_31_bits(self, far: str) -> None:
         stride = [9, 3, 1]
-        stride["batch row column".split().index(far)] = BIG + 17
+        stride[["batch", "row", "column"].index(far)] = BIG + 17
         storage = torch.empty(2 * BIG + 60, dtype=torch.float16)
         maps = storage.as_strided((2, 3, 3), stride)
         values = (torch.arange(18.0).view(2, 3, 3) + 1).half()
@@ -311,7 +309,9 @@ class TestMapStatisticsBeyond32Bits:
 
     def test_more_elements_than_31_bits(self) -> None:
         side = 1024
-        maps = torch.full((1, 1, 1), 0.5, dtype=torch.float16).expand(BIG // side**2 + 1, side, side)
+        maps = torch.full((1, 1, 1), 0.5, dtype=torch.float16).expand(
+            BIG // side**2 + 1, side, side
+        )
         assert maps.numel() > BIG
         found = Statistics(*map_statistics_fwd(maps, False, backend="cpu"))
         torch.testing.assert_close(

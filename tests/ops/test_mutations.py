@@ -113,11 +113,21 @@ MUTATIONS += [
     for i, name in enumerate(Statistics._fields)
 ]
 MUTATIONS += [
-    (MapStatisticsTests, "map_statistics_bwd", f"cotangent of {n} dropped", put(1 + COUNT + i, None))
+    (
+        MapStatisticsTests,
+        "map_statistics_bwd",
+        f"cotangent of {n} dropped",
+        put(1 + COUNT + i, None),
+    )
     for i, n in enumerate(Statistics._fields)
 ]
 MUTATIONS += [
-    (CamStatisticsTests, "cam_statistics_bwd", f"cotangent of {n} dropped", put(4 + COUNT + i, None))
+    (
+        CamStatisticsTests,
+        "cam_statistics_bwd",
+        f"cotangent of {n} dropped",
+        put(4 + COUNT + i, None),
+    )
     for i, n in enumerate(Statistics._fields)
 ]
 
