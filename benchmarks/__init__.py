@@ -1,0 +1,1 @@
+"""Measurements of the ops and training steps; see ``python -m benchmarks --help``."""

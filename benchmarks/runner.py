@@ -1,0 +1,128 @@
+"""Starts the measuring processes of a benchmark and gathers their figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment, memory
+from benchmarks.harness import COPY, Benchmark, Options
+
+SCHEMA = 1
+DECLARE_TORCHVISION = str(environment.ROOT / "tests" / "_sitecustomize")
+
+
+class WorkerFailedError(RuntimeError):
+    """A measuring process ended with an error; the message holds its last lines."""
+
+
+def _worker(job: dict[str, Any], malloc: dict[str, str], python_path: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "benchmarks.worker", json.dumps(job), str(output)]
+        done = subprocess.run(
+            command,
+            cwd=environment.ROOT,
+            env=memory.process_environment(malloc, python_path),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            lines = "\n".join(done.stderr.strip().splitlines()[-15:])
+            raise WorkerFailedError(f"{job['benchmark']} ({job['kind']}): {lines}")
+        figures: dict[str, Any] = json.loads(output.read_text())
+        return figures
+
+
+def torchvision_path() -> str:
+    """What PYTHONPATH needs for torchvision's models to import: usually nothing.
+
+    Beside a torch build that torchvision's binary was not made for, the tests' declaration of its
+    operators' schemas; results say so (``torchvision_schemas_declared``).
+    """
+    probe = [sys.executable, "-c", "import torchvision"]
+    works = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    return "" if works else DECLARE_TORCHVISION
+
+
+def run(
+    benchmark: Benchmark,
+    options: Options,
+    only: list[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """All figures of a benchmark, as they are written to JSON.
+
+    Raises:
+        WorkerFailedError: a process failed, among other reasons because two sides disagree.
+    """
+    path = torchvision_path() if benchmark.needs_torchvision else ""
+    names = [c.name for c in benchmark.cases(options)]
+    if only is not None:
+        names = [n for n in names if any(text in n for text in only)]
+    if not names:
+        raise ValueError(f"no case of {benchmark.name} matches {only}")
+    job = {"benchmark": benchmark.name, "options": dataclasses.asdict(options), "side": None}
+    cases: dict[str, Any] = {}
+    described: dict[str, Any] = {}
+    for name in names:
+        say(f"{benchmark.name}: timing {name}")
+        done = _worker({**job, "kind": "time", "cases": [name]}, memory.TIMING_MALLOC, path)
+        described = described or done["environment"]
+        cases.update(done["cases"])
+    if benchmark.measures_memory:
+        _add_peaks(benchmark, job, cases, path, say)
+    if path:
+        described["torchvision_schemas_declared"] = True
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark.name,
+        "about": benchmark.about,
+        "baseline": benchmark.baseline,
+        "caveats": list(benchmark.caveats),
+        "options": dataclasses.asdict(options),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command_line(benchmark, options, only),
+        "host_kind": environment.host_kind(options.device),
+        "environment": described,
+        "peak_malloc": memory.PEAK_MALLOC,
+        "cases": cases,
+    }
+
+
+def _add_peaks(
+    benchmark: Benchmark,
+    job: dict[str, Any],
+    cases: dict[str, Any],
+    path: str,
+    say: Callable[[str], None],
+) -> None:
+    groups = [[name] for name in cases] if benchmark.isolate else [list(cases)]
+    for group in groups:
+        sides = {side: None for name in group for side in cases[name]["sides"] if side != COPY}
+        for side in sides:
+            holders = [name for name in group if side in cases[name]["sides"]]
+            say(f"{benchmark.name}: peak memory of {side}")
+            peak_job = {**job, "kind": "peak", "cases": holders, "side": side}
+            for name, value in _worker(peak_job, memory.PEAK_MALLOC, path)["cases"].items():
+                cases[name]["sides"][side]["peak_bytes"] = value
+
+
+def command_line(benchmark: Benchmark, options: Options, only: list[str] | None) -> str:
+    """The command that repeats the run."""
+    words = ["python -m benchmarks run", benchmark.name, f"--device {options.device}"]
+    words += [f"--dtype {options.dtype}"] if options.dtype != "float32" else []
+    words += ["--quick"] if options.quick else []
+    words += [f"--seconds {options.seconds:g}"] if options.seconds is not None else []
+    words += [f"--threads {options.threads}"] if options.threads is not None else []
+    words += [f"--case {text}" for text in only or ()]
+    return " ".join(words)
