@@ -336,7 +336,7 @@ class OpTests:
 
     @every_backend
     def test_deterministic(self, backend: str) -> None:
-        """Bit for bit, over repeats and (the kernels; PyTorch's own sums may differ) over threads."""
+        """Bit for bit over repeats; the C++ kernels over thread counts too (PyTorch's may not)."""
         small = backend == "triton"
         for variant in self.variants:
             case = self.example(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from ops.base import Request, rounded
@@ -93,8 +91,7 @@ def extreme_maps(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     pixel = torch.zeros(2, 5, 6)
     pixel[0, 2, 3], pixel[1, 4, 5] = 0.37, 7.0
     yield "one pixel on", pixel
-    for name, line in _lines(generator):
-        yield name, line
+    yield from _lines(generator)
     yield "constant", torch.full((2, 5, 4), 0.3)
     yield "one row", ordinary[:, :1]
     yield "one column", ordinary[:, :, :1]
@@ -154,8 +151,3 @@ def extreme_activations(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tenso
     tie = a[:, :1].expand(-1, 2, -1, -1).contiguous()
     tie[:, 1, 0] = 0
     yield "ties at zero by cancellation", tie, torch.tensor([[1.0, -1.0], [1.0, -1.0]])
-
-
-def scale_of(tensors: tuple[Any, ...]) -> float:
-    finite = [float(t.abs().max()) for t in tensors if t.numel()]
-    return max(finite, default=0.0) or math.nan

@@ -8,9 +8,9 @@ values that the op gets (already rounded to its dtype). An implementation may be
   + a few roundings of the result itself, and of the terms that cancel in it,
 
 each the largest of its sample. The first term grants what the dtype costs anyone; the second what
-is lost to an ill-conditioned input however it is computed (and keeps a lucky exact eager result from
-setting a bound of zero); none depends on the problem's scale, so nothing is hidden by a big number
-elsewhere, and a dropped term or factor is thousands of times the bound.
+is lost to an ill-conditioned input however it is computed (and keeps a lucky exact eager result
+from setting a bound of zero); none depends on the problem's scale, so nothing is hidden by a big
+number elsewhere, and a dropped term or factor is thousands of times the bound.
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def assert_close_to_truth(
     rounded = expected.to(actual.dtype)
     finite = rounded.isfinite()
     same = torch.equal(got.isnan(), expected.isnan())
-    assert same, f"{label}: NaN at {int(got.isnan().sum())} of {got.numel()} entries, expected at " \
-        f"{int(expected.isnan().sum())}"  # fmt: skip
+    counts = f"{int(got.isnan().sum())} of {got.numel()}, expected {int(expected.isnan().sum())}"
+    assert same, f"{label}: NaN at other entries: {counts}"
     # Beyond the range of the dtype: Inf, or the largest number if rounding fell short of it.
     over = ~finite & ~expected.isnan()
     assert bool((got[over].abs() >= 0.99 * information.max).all()), f"{label}: overflow not seen"
