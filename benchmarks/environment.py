@@ -66,7 +66,7 @@ def _cpu_module() -> dict[str, Any] | str:
         module = importlib.import_module("camkernels._cpu")
     except ImportError as error:
         return f"does not import ({error})"
-    names = ("compiler", "build_info", "vector_width", "isa", "openmp")
+    names = ("compiler", "simd_level", "openmp")
     facts = {n: getattr(module, n) for n in names if hasattr(module, n)}
     return {n: str(v() if callable(v) else v) for n, v in facts.items()}
 

@@ -17,7 +17,7 @@ from benchmarks import eager
 
 
 def mean_over_live(entropies: Tensor, maps: Tensor) -> Tensor:
-    """Mean over maps that are not all zero: a dead map has entropy 0 and would look like success."""
+    """Mean over maps that are not all zero: dead ones have entropy 0, which would look good."""
     live = (maps.detach() > 0).flatten(1).any(1)
     return torch.where(live, entropies, 0.0).sum() / live.sum().clamp_min(1)
 

@@ -91,7 +91,7 @@ def _bars(result: dict[str, Any]) -> Any:
     axes[0].axvline(1, color="black", lw=0.8)
     axes[0].set_yticks(range(len(cases)), list(cases))
     axes[0].invert_yaxis()
-    axes[0].set_xlabel(f"time / {LABELS.get(baseline, baseline)} (median of pairs, 20–80 %)")
+    axes[0].set_xlabel(f"time / {LABELS.get(baseline, baseline)} (median of pairs, 20 to 80 %)")
     axes[1].set_xlabel("peak memory of the step (MiB, at the allocator)")
     axes[2].set_xlabel("saved for backward (MiB)")
     for axis in axes:
@@ -105,9 +105,10 @@ def _linearity(result: dict[str, Any]) -> Any:
     plt = _pyplot()
     cases = list(result["cases"].values())
     ops = list(dict.fromkeys(c["op"] for c in cases))
-    names = {"B": "batch B", "K": "channels K", "hw": "pixels h w"}
+    labels = {"B": "batch B", "K": "channels K", "hw": "pixels h w"}
+    names = {a: text for a, text in labels.items() if any(c["axis"] == a for c in cases)}
     figure, axes = plt.subplots(
-        len(ops), 3, figsize=(11, 3 * len(ops) + 0.7), sharey="row", squeeze=False
+        len(ops), len(names), figsize=(11, 3 * len(ops) + 0.7), sharey="row", squeeze=False
     )
     for row, op in enumerate(ops):
         for column, axis in enumerate(names):

@@ -121,7 +121,8 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: one row per case and side."""
     baseline = result["baseline"]
     rows = [
-        f"**{result['benchmark']}**: {result['about']}. {conditions(result)}. `{result['command']}`",
+        f"**{result['benchmark']}**: {result['about']}. {conditions(result)}. "
+        f"`{result['command']}`",
         "",
         f"| case | side | ms | time / {baseline} [q20, q80] | time / copy | GB/s "
         "| peak MiB | saved MiB |",
