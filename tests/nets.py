@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class SmallNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.pool(self.body(x)))
         return logits
+
+
+def model_and_twin(head: str = "linear") -> tuple[nn.Module, nn.Module]:
+    """A small network in float64, and a copy of it for the other side of a comparison."""
+    model = SmallNet(head).double()
+    return model, copy.deepcopy(model)
 
 
 def batch(

@@ -13,7 +13,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_channels_last(activations: Tensor) -> bool:
     """Whether neighbouring channels of one pixel lie side by side in memory."""
-    return bool(activations.stride(1) == 1 and activations.shape[1] > 1 and _pixels(activations) > 1)
+    return bool(
+        activations.stride(1) == 1 and activations.shape[1] > 1 and _pixels(activations) > 1
+    )
 
 
 def _pixels(activations: Tensor) -> int:

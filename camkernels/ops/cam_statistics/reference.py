@@ -19,9 +19,7 @@ from camkernels.ops.map_statistics.reference import Statistics
 COUNT = len(Statistics._fields)
 
 
-def cam_statistics_fwd(
-    activations: Tensor, gradients: Tensor, relu: bool
-) -> tuple[Tensor, ...]:
+def cam_statistics_fwd(activations: Tensor, gradients: Tensor, relu: bool) -> tuple[Tensor, ...]:
     """maps (B, h, w), alpha (B, K) or a placeholder, total (B,), then the seven statistics."""
     alpha = cam_reference.channel_weights(gradients)
     plain = cam_reference.weighted_sum(activations, alpha)
