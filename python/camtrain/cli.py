@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _import_training() -> None:
     """Lightning and torchmetrics, or a message that names what is missing."""
     try:
-        import lightning.pytorch
+        import lightning.pytorch  # noqa: F401
         import torchmetrics  # noqa: F401
     except Exception as error:  # torchmetrics imports torchvision where it is installed
         raise CamtrainError(

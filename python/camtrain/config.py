@@ -84,7 +84,7 @@ _DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     # the paper begins with a network trained on ImageNet.
     "digits": {"channels_last": True, "warmup_epochs": 3},
 }
-_BETA = {"voc": 100.0, "digits": 0.2}
+_BETA = {"voc": 100.0, "digits": 0.1}
 
 # What may differ when a run is resumed: nothing that changes its data, its model or its loss.
 RESUMABLE = ("epochs", "workers", "out", "accelerator")

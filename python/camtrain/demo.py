@@ -14,7 +14,7 @@ from camtrain.config import FitConfig, resolve
 from camtrain.data.module import CamtrainData
 from camtrain.fit import Run, describe_example, fit
 
-BETA, EPOCHS = 0.2, 10
+BETA, EPOCHS = 0.1, 10
 
 # label, column of metrics.csv, format, what is better: +1 more, -1 less, 0 neither
 _LINES: tuple[tuple[str, str, str, int], ...] = (
@@ -76,8 +76,9 @@ def _introduction(config: FitConfig) -> str:
     return (
         "Handwritten digits among clutter, a small residual network, two runs from the same seed:\n"
         "    loss = cross-entropy + beta x entropy of the Grad-CAM map of the true class\n"
-        f"{config.epochs} epochs each (the first {config.warmup_epochs} without the CAM entropy), maps taken at layer3 (8 x 8). Means of ce, ca and cd and "
-        "the box scores are over live maps."
+        f"{config.epochs} epochs each, the first {config.warmup_epochs} without the CAM entropy: a "
+        "network that has learnt nothing\nyet would put out its maps. Maps are taken at layer3 "
+        "(8 x 8); means of ce, ca and cd and\nthe box scores are over live maps."
     )
 
 

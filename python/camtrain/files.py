@@ -60,7 +60,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         if error.errno in _FULL:
             kept = "the older file is intact" if path.exists() else "nothing was written"
             raise DiskFullError(
-                f"no room to write {path} ({len(content) / 2**20:.1f} MiB): {error.strerror}; {kept}"
+                f"no room for {path} ({len(content) >> 20} MiB): {error.strerror}; {kept}"
             ) from error
         raise
 

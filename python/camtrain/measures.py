@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from camkernels import MapStatistics
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
+
+from camkernels import MapStatistics
 
 STATISTICS = ("entropy", "area", "dispersion")
 

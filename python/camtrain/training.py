@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import camkernels as ck
 import lightning.pytorch as pl
 import torch
-from camkernels import backends
 from torch import Tensor, nn
 
+import camkernels as ck
+from camkernels import backends
 from camtrain.config import FitConfig
 from camtrain.errors import CamtrainError
 from camtrain.measures import EpochMeasures

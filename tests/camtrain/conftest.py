@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("lightning", reason="the training program's extras are not installed")
 pytest.importorskip("sklearn", reason="the training program's extras are not installed")
 
-from camtrain import config as configuration  # noqa: E402
-from camtrain.config import FitConfig  # noqa: E402
-from voc_files import TinyVOC  # noqa: E402
+from camtrain import config as configuration
+from camtrain.config import FitConfig
+from voc_files import TinyVOC
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(Classifier, "training_step", interrupted)
-        with pytest.raises(InterruptedRunError, match="--resume --out .*cut goes on after epoch 2"):
+        with pytest.raises(InterruptedRunError, match=r"--out .*cut goes on after epoch 2"):
             fit(config, quiet=True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = fit(config, resume=True, quiet=True)
@@ -198,7 +198,7 @@ def test_the_demo_writes_table_and_figures(
         assert label in told
     assert len(rows) == 8
     with open(tmp_path / "table.csv") as file:
-        assert next(csv.reader(file)) == ["figure", "beta=0", "beta=0.2", "better"]
+        assert next(csv.reader(file)) == ["figure", "beta=0", "beta=0.1", "better"]
     for name in ("before_after.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 400

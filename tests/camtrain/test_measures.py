@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import camkernels as ck
 import pytest
 import torch
 from camtrain.measures import EpochMeasures, MapMeasures, localisation
+
+import camkernels as ck
 
 
 def test_pointing_and_energy_of_hand_made_maps() -> None:

@@ -50,8 +50,8 @@ def test_module_and_factory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linears(model) == [(4, 7)]
     with pytest.raises(CamtrainError, match="mine:nothing is not there"):
         build_model(config(arch="mine:nothing"), 7)
+    monkeypatch.setattr(sys.modules[__name__], "bad", list, raising=False)
     with pytest.raises(CamtrainError, match="gives list"):
-        monkeypatch.setattr(sys.modules[__name__], "bad", list, raising=False)
         build_model(config(arch="mine:bad"), 7)
 
 
@@ -97,7 +97,7 @@ def test_torchvision_and_timm_names() -> None:
     pytest.importorskip("timm")
     assert split_name("resnet50") == ("torchvision", "resnet50")
     assert split_name("resnet26d") == ("timm", "resnet26d")
-    with pytest.raises(CamtrainError, match="near names:.*resnet50"):
+    with pytest.raises(CamtrainError, match=r"near names:.*resnet50"):
         split_name("resnet5O")
     net = build_model(config(arch="resnet18", head_units=300), 20)
     assert linears(net) == [(512, 300), (300, 20)]

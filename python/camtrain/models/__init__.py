@@ -90,7 +90,7 @@ def default_layer(arch: str) -> str:
     """The layer whose map is taken where ``layer`` is not given."""
     name = arch.rpartition(":")[2]
     fits = [prefix for prefix in _LAYERS if name.startswith(prefix)]
-    if not fits or arch.startswith("timm:") and _LAYERS[max(fits, key=len)] == "features":
+    if not fits or (arch.startswith("timm:") and _LAYERS[max(fits, key=len)] == "features"):
         raise CamtrainError(f"layer: no default for arch {arch!r}; pass --layer")
     return _LAYERS[max(fits, key=len)]
 
