@@ -19,6 +19,9 @@ NUM_WARPS = 4
 # Programs wanted per multiprocessor when a forward is split over the channels: about what one
 # multiprocessor can hold at once, so that a small batch fills the GPU with one wave.
 PROGRAMS_PER_MULTIPROCESSOR = 4
+# What PROGRAMS_PER_MULTIPROCESSOR programs of NUM_WARPS warps can have each. Said to the compiler,
+# since left to itself it once (sm_80, half types) spilled two registers to get down to 80.
+MAX_REGISTERS = 128
 MAX_PIXELS = 2**31 - 1  # pixel numbers within a map are 32 bit, offsets are 64 bit
 
 

@@ -104,7 +104,7 @@ def forward_launch(activations: Tensor, gradients: Tensor, maps: Tensor, relu: b
     constants = dict(
         RELU=relu, FLAT=of_a.flat, FLAT_GRADIENTS=of_g.flat, SPLIT=split, ALIGN=align,
         **blocks._asdict(), BLOCK_S=min(16, host.TILE // block_r), BLOCK_R=block_r,
-        num_warps=host.NUM_WARPS,
+        num_warps=host.NUM_WARPS, maxnreg=host.MAX_REGISTERS,
     )  # fmt: skip
     return (batch, n_splits), args, constants, alpha
 
