@@ -23,12 +23,17 @@ def activations_and_second(
 
     A quarter of the pixels is negative in every channel and all weights are positive: the sign of
     each map value is certain, so that a ReLU cannot fall differently on two sides by rounding.
+    Channels look at different rows and the upper ones weigh most: were the channels alike, the
+    entropy's gradient to the weights, sum_ij D A_k, would cancel (sum D M = 0) down to rounding.
     """
     generator = torch.Generator().manual_seed(sum(shape))
     b, k, h, w = shape
     signs = torch.where(torch.rand(b, 1, h, w, generator=generator) < 0.25, -1.0, 1.0)
-    activations = (torch.rand(shape, generator=generator) + 0.1) * signs
-    second = torch.rand((b, k), generator=generator) + 0.1
+    centre = torch.rand(1, k, 1, 1, generator=generator)
+    rows = torch.linspace(0, 1, h)[:, None]
+    activations = torch.rand(shape, generator=generator).add_(0.1)
+    activations *= signs * torch.exp(-3 * (rows - centre).abs())
+    second = (torch.rand((b, k), generator=generator) + 0.1) * torch.exp(-3 * centre[..., 0, 0])
     if form == "gradients":
         second = torch.rand(shape, generator=generator) * second[:, :, None, None] / (h * w)
     return tuple(_leaf(t, layout, options) for t in (activations, second))  # type: ignore[return-value]
