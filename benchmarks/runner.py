@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,8 @@ def run(
     Raises:
         WorkerFailedError: a process failed, among other reasons because two sides disagree.
     """
+    if os.getloadavg()[0] > 0.5:  # an OpenMP barrier waits a scheduler tick for a preempted thread
+        say(f"warning: load average {os.getloadavg()[0]:.1f}, the machine is not quiet")
     path = torchvision_path() if benchmark.needs_torchvision else ""
     names = [c.name for c in benchmark.cases(options)]
     if only is not None:
