@@ -189,13 +189,15 @@ static void accumulate_map(const Plane& plane, const View& view, const T* a, con
     }
     return;
   }
-  for (int64_t p = 0; p < plane.rows * plane.length; ++p) map[p] = 0;
+  // Sums grow in a buffer of this thread's own: neighbouring maps share cache lines, and two
+  // threads that add to them channel by channel would take the lines from each other all the time.
   constexpr int64_t kSegment = 4096;  // of the map: stays in the first-level cache
+  alignas(64) A out[kSegment];
   for (int64_t row = 0; row < plane.rows; ++row) {
     for (int64_t begin = 0; begin < plane.length; begin += kSegment) {
       const int64_t length = plane.length - begin < kSegment ? plane.length - begin : kSegment;
       const T* at = a + row * plane.row_stride + begin * plane.pixel_stride;
-      A* out = map + row * plane.length + begin;
+      for (int64_t p = 0; p < length; ++p) out[p] = 0;
       int64_t k = 0;
       if (layout == kPixels) {
         for (; k + 8 <= count; k += 8) {
@@ -212,6 +214,8 @@ static void accumulate_map(const Plane& plane, const View& view, const T* a, con
           }
         }
       }
+      A* target = map + row * plane.length + begin;
+      for (int64_t p = 0; p < length; ++p) target[p] = out[p];
     }
   }
 }
