@@ -1,8 +1,9 @@
 """One specification per kernel; from it the autograd.Function and the library op.
 
 Eager calls (and functorch transforms) run the Function, which calls the backend directly. While
-``torch.compile`` or a dispatch mode traces, the library op of the same specification is taken: compilers silently
-drop the second order of a Function (measured, see CONTRIBUTING.md), never that of a library op.
+``torch.compile`` or a dispatch mode traces, the library op of the same specification is taken:
+compilers silently drop the second order of a Function (measured, see CONTRIBUTING.md), never that
+of a library op.
 
 An op is a chain of two: ``<op>_fwd`` differentiates by calling ``<op>_bwd``, and ``<op>_bwd``
 differentiates through the reference formula, so that every further order is exact.

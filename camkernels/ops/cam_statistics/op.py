@@ -37,7 +37,7 @@ def _fwd_fake(activations: Tensor, gradients: Tensor, relu: bool) -> tuple[Tenso
 
 def _fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     activations, gradients, relu, ctx.backend = inputs
-    maps, alpha, total, *statistics = output
+    maps, alpha, _total, *statistics = output
     # One call saves; the maps are kept whether or not a ReLU was applied, for the statistics.
     save_for_cam_bwd(ctx, activations, gradients, alpha, maps, relu, (maps, *statistics))
     ctx.relu = relu

@@ -76,7 +76,7 @@ def map_statistics(maps: Tensor, clamp: bool = False) -> Statistics:
     """All statistics of maps (B, h, w), by plain differentiable operations."""
     values = _prepared(maps, clamp)
     scale, dead = _scale(values)
-    # Everything but mean and variance is invariant to scale, so the scale is a constant to autograd.
+    # Everything but mean and variance is invariant to scale: a constant to autograd.
     u = torch.where(dead, 0.0, values / scale)
     mean_u = u.mean((1, 2))
     variance_u = (u - mean_u[:, None, None]).square().mean((1, 2))
