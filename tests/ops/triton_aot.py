@@ -182,7 +182,7 @@ def main(capability: int, group: str) -> None:
     extra = {"maxnreg": 32} if group == "spill" else {}
 
     def compile_only(kernel: Any, grid: Any, like: Tensor, *args: Any, **constants: Any) -> None:
-        compiled = kernel.run(*args, grid=grid, warmup=True, **constants, **extra)
+        compiled = kernel.run(*args, grid=grid, warmup=True, **{**constants, **extra})
         if compiled.hash not in seen:
             seen[compiled.hash] = {
                 "kernel": kernel.__name__,
