@@ -13,6 +13,8 @@ from camkernels import functional as F
 from camkernels.taps.head import ClosedFormHead
 from camkernels.taps.tap import Tap, TapError
 
+# Where reading the self-check would stall a GPU it is read at every so-manieth call only.
+GUARD_EVERY = 64
 ReshapeTransform = Callable[[Tensor], Tensor]
 
 
@@ -38,6 +40,7 @@ class Evaluator:
         self.relu = relu
         self.reshape_transform = reshape_transform
         self._held = False
+        self._calls = 0
         self._deviation: Tensor | None = None
 
     def __call__(self, logits: Tensor, classes: Tensor) -> list[Evaluation]:
@@ -113,7 +116,8 @@ class Evaluator:
         """Hold sum_ij L_ij + b_c = y_c against the logits that the user passed.
 
         It breaks on a wrong head, active dropout, a stale forward and altered activations. Where
-        reading it would stall a GPU it is read on the first call, then when terms are logged.
+        reading it would stall a GPU it is read on the first call, at every ``GUARD_EVERY``-th,
+        and when terms are logged; no deviation in between is forgotten.
 
         Returns:
             False where the closed form has never held (a hook alters the head's values, say): the
@@ -129,8 +133,10 @@ class Evaluator:
         deviation = deviation / _guard_tolerance(activations, logits)
         previous = self._deviation
         self._deviation = deviation if previous is None else torch.maximum(previous, deviation)
+        self._calls += 1
+        due = logits.device.type == "cpu" or not self._held or self._calls % GUARD_EVERY == 0
         capturing = logits.is_cuda and torch.cuda.is_current_stream_capturing()
-        if (logits.device.type == "cpu" or not self._held) and not capturing:
+        if due and not capturing:
             if not self._held and float(deviation) > 1.0 and self.tap.head_choice == "auto":
                 self._deviation = None
                 self.tap.give_up_head("the closed form does not reproduce the logits")
