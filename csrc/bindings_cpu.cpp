@@ -11,15 +11,16 @@
 
 #include "cam/cam.h"
 #include "cam_statistics/cam_statistics.h"
+#include "common/bindings.h"
 #include "common/simd_level.h"
 #include "map_statistics/map_statistics.h"
 
-namespace py = pybind11;
-
 namespace camkernels {
+
+int g_level = kBaseline;
+
 namespace {
 
-using Pointer = std::uintptr_t;
 using Shape = std::array<int64_t, 4>;
 using Pointers = std::array<Pointer, kStatistics>;
 
@@ -37,33 +38,6 @@ int chosen_level() {
                              ": this machine, or this build, has at most " + simd_name(widest));
   }
   return level;
-}
-
-int g_level = kBaseline;
-
-#if defined(CAMKERNELS_HAS_AVX512)
-#define CAMKERNELS_RUN(name, args) \
-  if (g_level == kAvx512) {        \
-    avx512::name(args);            \
-  } else if (g_level == kAvx2) {   \
-    avx2::name(args);              \
-  } else {                         \
-    baseline::name(args);          \
-  }
-#elif defined(CAMKERNELS_HAS_AVX2)
-#define CAMKERNELS_RUN(name, args) \
-  if (g_level == kAvx2) {          \
-    avx2::name(args);              \
-  } else {                         \
-    baseline::name(args);          \
-  }
-#else
-#define CAMKERNELS_RUN(name, args) baseline::name(args);
-#endif
-
-template <class T = void>
-T* at(Pointer address) {
-  return reinterpret_cast<T*>(address);
 }
 
 Sizes sizes_of(const Shape& shape) { return {shape[0], shape[1], shape[2], shape[3]}; }
@@ -161,7 +135,6 @@ void run_cam_statistics_bwd(bool relu, const Pointers& statistics, const Pointer
 // Deduces the arguments of cam_forward and cam_backward for the templates above.
 template <class Arguments, class... Cam>
 void define_cam(py::module_& module, Arguments (*)(Cam...)) {
-  using Release = py::call_guard<py::gil_scoped_release>;
   if constexpr (std::is_same_v<Arguments, CamForward>) {
     module.def("cam_fwd", &run_cam_fwd<Cam...>, Release());
     module.def("cam_statistics_fwd", &run_cam_statistics_fwd<Cam...>, Release());
@@ -188,7 +161,7 @@ PYBIND11_MODULE(_cpu, module) {
   });
   define_cam(module, &cam_forward);
   define_cam(module, &cam_backward);
-  using Release = py::call_guard<py::gil_scoped_release>;
+
   module.def("map_statistics_fwd", &run_map_statistics_fwd, Release());
   module.def("map_statistics_bwd", &run_map_statistics_bwd, Release());
 }
