@@ -1,3 +1,387 @@
-"""The network ops as functions: differentiable twice, guided where the backward says so."""
+"""The network ops as functions: differentiable twice, guided where the backward says so.
+
+Each stands in the place of functions of ``torch.nn.functional`` and gives the same numbers. Their
+backward passes can be guided (:class:`camkernels.guided`) and can leave out the gradients of
+weights (:class:`camkernels.no_weight_gradients`). Under ``torch.autocast`` convolutions run in the
+autocast dtype, BatchNorm in that of its input with statistics in float32.
+
+They run eagerly: inside a compiled region they are a graph break (an error with ``fullgraph``),
+``torch.func`` transforms and forward-mode differentiation raise.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from camkernels import backends
+from camkernels.ops import _validate
+from camkernels.ops.batch_norm_relu import norm
+from camkernels.ops.batch_norm_relu import reference as _reference
+from camkernels.ops.batch_norm_relu.norm import NormSpec
+from camkernels.ops.batch_norm_relu.op import BatchNormReLUFunction
+from camkernels.ops.batch_norm_relu.recipe import Recipe, attach
+from camkernels.ops.conv2d.op import ConvSpec
+from camkernels.ops.conv2d.op import conv2d as _conv2d
+from camkernels.ops.conv_bn_act.op import ConvBNActFunction
+from camkernels.ops.relu.op import relu as _relu
+
+Pair = int | Sequence[int]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _eager(function: Function) -> Function:
+    """Never traced: compilers drop the second order of an autograd.Function, or repair a guided
+    ReLU into a plain one, without a word (measured, see CONTRIBUTING.md)."""
+    disabled: Function = torch.compiler.disable(function)
+    return disabled
+
+
+@_eager
+def relu(input: Tensor, inplace: bool = False, save: str = "mask") -> Tensor:
+    """max(input, 0), plain or guided in the backward.
+
+        plain: grad_u = 1[u > 0] grad_v        guided: grad_u = 1[u > 0] max(grad_v, 0)
+
+    Args:
+        input: any shape; float32, bfloat16, float16 or float64.
+        inplace: write into ``input``.
+        save: what is kept for the backward: the ``"mask"``, one bit per element, or the
+            ``"output"``, which costs nothing where the next op keeps it anyway.
+
+    Raises:
+        TypeError: another dtype. ValueError: an unknown ``save``.
+        RuntimeError: at the backward, guided mode together with ``create_graph=True``.
+
+    Source: Springenberg et al., Striving for Simplicity: The All Convolutional Net, sec. 3.4.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.nn.functional.relu(torch.tensor([-1.0, 2.0])).tolist()
+        [0.0, 2.0]
+    """
+    return _relu(input, inplace, save)
+
+
+@_eager
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2d convolution whose derivatives of every order are the library's true convolutions.
+
+    PyTorch's double backward makes the second weight gradient by a convolution with batch and
+    channels exchanged, which is slow (pytorch#22577); here it is a weight-gradient convolution.
+
+    Args:
+        input: (N, C, H, W), contiguous or channels_last.
+        weight: (K, C / groups, kh, kw). bias: (K,) or None.
+        stride, padding, dilation: ints or pairs; groups: int.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes, shapes or devices.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item()
+        9.0
+    """
+    spec = _conv_spec(stride, padding, dilation, groups)
+    input, weight, bias = _convolution_inputs(input, weight, bias)
+    return _conv2d(input, weight, bias, spec)
+
+
+@_eager
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    process_group: Any = None,
+) -> Tensor:
+    """relu(batch_norm(input) + residual), one op.
+
+    Args:
+        input: (N, C, H, W), contiguous or channels_last (another layout is copied once); float32,
+            bfloat16, float16, or float64.
+        running_mean, running_var: (C,); updated when ``training``; None: batch statistics.
+        weight, bias: gamma and beta (C,), or None.
+        training: normalise by the statistics of the batch.
+        momentum: share of the batch in the running statistics.
+        eps: added to the variance.
+        residual: of the shape of ``input``, added before the ReLU.
+        relu: apply a ReLU.
+        process_group: share the statistics of the batch between the processes of this group
+            (``torch.distributed.group.WORLD`` for all).
+
+    Returns:
+        (N, C, H, W) in the dtype and layout of ``input``.
+
+    Raises:
+        ValueError: one value per channel when training, or wrong shapes. TypeError: wrong dtypes.
+
+    Source: Ioffe and Szegedy, Batch Normalization; He et al., Deep Residual Learning.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
+        >>> ck.nn.functional.batch_norm_relu(x, None, None, eps=0.0).flatten().tolist()
+        [0.0, 1.0]
+    """
+    z = norm.dense(_validate.floating_tensor("input", input, 4, "(N, C, H, W)"))
+    _check_affine(z.shape[1], z, running_mean, running_var, weight, bias)
+    batch_statistics = training or running_mean is None
+    if batch_statistics:
+        _check_count(z, process_group)
+    _check_residual(residual, z)
+    backend = backends.resolve(z.device, z.dtype)
+    if backend == "reference":
+        return _by_formula(
+            z, running_mean, running_var, weight, bias, batch_statistics, momentum, eps, residual,
+            relu, process_group, training,
+        )  # fmt: skip
+    spec = NormSpec(batch_statistics, eps, relu, process_group, backend)
+    constants = (None, None) if batch_statistics else (running_mean, running_var)
+    output: Tensor
+    output, mean, var, rstd, count = BatchNormReLUFunction.apply(
+        z, weight, bias, residual, *constants, spec
+    )
+    if training:
+        _update(running_mean, running_var, mean, var, count, momentum)
+    if residual is None and torch.is_grad_enabled():
+        attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
+    return output
+
+
+@_eager
+def conv_bn_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    process_group: Any = None,
+) -> Tensor:
+    """relu(batch_norm(conv2d(input)) + residual), the unit that keeps least for a double backward.
+
+    The convolution's output is kept once; its input is not kept where it came out of
+    ``conv_bn_act`` or ``batch_norm_relu`` without a residual, from which it is made again. Safe at
+    gamma = 0.
+
+    Args: as for :func:`conv2d` (``conv_weight``, ``conv_bias``, ``stride`` and so on) and
+        :func:`batch_norm_relu`; ``residual`` has the shape of the output.
+
+    Returns:
+        (N, K, H', W').
+
+    Raises:
+        As both.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> x, w = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3)
+        >>> ck.nn.functional.conv_bn_act(x, w, None, None, None, None, None).shape
+        torch.Size([2, 4, 6, 6])
+    """
+    conv = _conv_spec(stride, padding, dilation, groups)
+    x, kernel, conv_bias = _convolution_inputs(input, conv_weight, conv_bias)
+    backend = backends.resolve(x.device, x.dtype)
+    if backend == "reference":
+        z = _conv2d(x, kernel, conv_bias, conv)
+        return batch_norm_relu(
+            z, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
+            relu=relu, process_group=process_group,
+        )  # fmt: skip
+    _check_affine(kernel.shape[0], x, running_mean, running_var, weight, bias)
+    batch_statistics = training or running_mean is None
+    spec = NormSpec(batch_statistics, eps, relu, process_group, backend)
+    constants = (None, None) if batch_statistics else (running_mean, running_var)
+    output: Tensor
+    output, z, mean, var, rstd, count = ConvBNActFunction.apply(
+        x, kernel, conv_bias, weight, bias, residual, *Recipe.arguments_of(x), *constants,
+        conv, spec,
+    )  # fmt: skip
+    if training:
+        _update(running_mean, running_var, mean, var, count, momentum)
+    if residual is None and torch.is_grad_enabled():
+        attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
+    return output
+
+
+def bn_relu_conv(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    process_group: Any = None,
+) -> Tensor:
+    """conv2d(relu(batch_norm(input))), as pre-activation networks have it. What lies between the
+    two is not kept but made again from ``input``.
+
+    Args, Raises: as for :func:`batch_norm_relu` and :func:`conv2d`.
+
+    Returns:
+        (N, K, H', W').
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> x, w = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3)
+        >>> ck.nn.functional.bn_relu_conv(x, None, None, None, None, w).shape
+        torch.Size([2, 4, 6, 6])
+    """
+    between = batch_norm_relu(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, relu=relu,
+        process_group=process_group,
+    )  # fmt: skip
+    return conv2d(between, conv_weight, conv_bias, stride, padding, dilation, groups)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def _pair(name: str, value: Pair, smallest: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= smallest for v in pair):
+        raise ValueError(f"{name}: expected an int or a pair, each at least {smallest}: {value!r}")
+    return pair[0], pair[1]
+
+
+def _conv_spec(stride: Pair, padding: Pair, dilation: Pair, groups: int) -> ConvSpec:
+    return ConvSpec(
+        _pair("stride", stride, 1),
+        _pair("padding", padding, 0),
+        _pair("dilation", dilation, 1),
+        groups,
+    )
+
+
+def _convolution_inputs(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked, and in the autocast dtype where that is on."""
+    x = _validate.floating_tensor("input", input, 4, "(N, C, H, W)")
+    w = _validate.floating_tensor("weight", weight, 4, "(K, C / groups, kh, kw)")
+    _validate.same_device("weight", w, "input", x)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w.dtype):
+        dtype = torch.get_autocast_dtype(device)
+        x, w = x.to(dtype), w.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if w.dtype != x.dtype:
+        raise TypeError(f"weight: expected the dtype of input, {x.dtype}, got {w.dtype}")
+    return x, w, bias
+
+
+def _check_affine(channels: int, like: Tensor, *values: Tensor | None) -> None:
+    names = ("running_mean", "running_var", "weight", "bias")
+    for name, value in zip(names, values, strict=True):
+        if value is None:
+            continue
+        if value.shape != (channels,):
+            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(value.shape)}")
+        _validate.same_device(name, value, "input", like)
+    if (values[0] is None) != (values[1] is None):
+        raise ValueError("running_mean, running_var: expected both or neither")
+    if values[2] is None and values[3] is not None:
+        raise ValueError("bias: given without weight")
+
+
+def _check_count(z: Tensor, group: Any) -> None:
+    if group is None and z.shape[0] * z.shape[2] * z.shape[3] == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(z.shape)}"
+        )
+
+
+def _check_residual(residual: Tensor | None, like: Tensor) -> None:
+    if residual is None:
+        return
+    if residual.shape != like.shape:
+        raise ValueError(
+            f"residual: expected shape {tuple(like.shape)}, got {tuple(residual.shape)}"
+        )
+    _validate.same_device("residual", residual, "input", like)
+
+
+def _update(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """Move the running statistics; the variance unbiased, as PyTorch keeps it."""
+    if running_mean is None or running_var is None or count == 0:
+        return
+    with torch.no_grad():
+        unbiased = var * (count / max(count - 1, 1))
+        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+        running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+
+
+def _by_formula(
+    z: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch_statistics: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    process_group: Any,
+    training: bool,
+) -> Tensor:
+    """Plain PyTorch around our ReLU, which alone knows the guided rule."""
+    if process_group is not None and batch_statistics:
+        raise NotImplementedError("process_group: not supported by the reference backend")
+    constants = (None, None) if batch_statistics else (running_mean, running_var)
+    mean, var = (None if v is None else _reference.wide(v) for v in constants)
+    u = _reference.batch_norm_relu(z, weight, bias, residual, mean, var, eps, False)
+    if training:
+        spec = NormSpec(True, eps, relu, None, "reference")
+        with torch.no_grad():
+            found = norm.statistics(z, None, None, spec)
+        _update(running_mean, running_var, found.mean, found.var, found.count, momentum)
+    return _relu(u, False, "output") if relu else u
