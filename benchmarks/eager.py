@@ -48,3 +48,31 @@ def dispersion(maps: Tensor) -> Tensor:
     """variance / mean^2 (B,)."""
     variance, mean = torch.var_mean(maps, (1, 2), correction=0)
     return variance / mean.square().clamp_min(_tiny(maps))
+
+
+def _norm(values: Tensor, order: int) -> Tensor:
+    return values.norm(order, dim=1).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def gradient_error(gradients: Tensor, guided_gradients: Tensor, error: str) -> Tensor:
+    """E(delta, delta_G) (B,), eqs. 11 to 14 of the paper; ``histogram`` normalises each side."""
+    a, b = gradients.flatten(1), guided_gradients.flatten(1)
+    if error == "sigmoid":
+        return -(b * a.sigmoid()).sum(1)
+    if error == "centred_sigmoid":
+        return -(b * (a - a.mean(1, keepdim=True)).sigmoid()).sum(1)
+    if error == "cosine":
+        return -(a * b).sum(1) / (_norm(a, 2) * _norm(b, 2))
+    norms = _norm(a, 1), _norm(b, 1)
+    if error == "histogram_paper":
+        return -torch.minimum(a.abs(), b.abs()).sum(1) / (norms[0] * norms[1])
+    shares = a.abs() / norms[0][:, None], b.abs() / norms[1][:, None]
+    return -torch.minimum(*shares).sum(1)
+
+
+def batch_norm_relu(
+    z: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """Training BatchNorm, the residual added in place, ReLU in place."""
+    u = torch.nn.functional.batch_norm(z, None, None, gamma, beta, training=True)
+    return (u if residual is None else u.add_(residual)).relu_()

@@ -1,13 +1,16 @@
-"""The training loops that users write today for cross-entropy plus CAM entropy.
+"""The training loops that users write today: cross-entropy plus CAM entropy or plus the
+interpretable-gradient term.
 
-Names as in the results: ``separate`` is the published loop, a second forward for the map;
-``careful`` shares the forward; ``closed_form`` also takes alpha from the last layer's weights,
+Names as in the results of CAM entropy: ``separate`` is the published loop, a second forward for the
+map; ``careful`` shares the forward; ``closed_form`` also takes alpha from the last layer's weights,
 which is exact for a head of pooling and one linear layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,3 +97,75 @@ def closed_form(
         return F.cross_entropy(logits, targets) + beta * penalty
 
     return loss, kept.handle.remove
+
+
+class _Rule:
+    """Which rule the ReLUs of one model follow in the backward that runs now."""
+
+    guided = False
+
+
+class SwitchedReLUFunction(torch.autograd.Function):
+    """ReLU in eager PyTorch with the guided rule on demand, closed under differentiation."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, inplace: bool, rule: _Rule) -> Tensor:
+        v = u.relu_() if inplace else u.relu()
+        if inplace:
+            ctx.mark_dirty(u)
+        ctx.save_for_backward(v)
+        ctx.rule = rule
+        return v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (v,) = ctx.saved_tensors
+        grad = grad.clamp_min(0) if ctx.rule.guided else grad
+        # detached: a mask has no derivative, and autograd would carry zeros through the network
+        return torch.ops.aten.threshold_backward(grad, v.detach(), 0), None, None
+
+
+class SwitchedReLU(nn.Module):
+    def __init__(self, inplace: bool, rule: _Rule) -> None:
+        super().__init__()
+        self.inplace, self.rule = inplace, rule
+
+    def forward(self, u: Tensor) -> Tensor:
+        v: Tensor = SwitchedReLUFunction.apply(u, self.inplace, self.rule)
+        return v
+
+
+def _switch_relus(model: nn.Module, rule: _Rule) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, SwitchedReLU(child.inplace, rule))
+
+
+def interpretable(
+    model: nn.Module,
+    weight: float,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Loop, Callable[[], None]]:
+    """Cross-entropy plus ``weight`` times the cosine error between the input gradient and the
+    guided one, by eager double backpropagation with care: one forward, both gradients from its
+    graph, no weight gradients in either (autograd leaves them out where only x is asked for).
+
+    ``precision``: context of the forward, such as autocast. The model's ReLUs are replaced.
+    """
+    rule = _Rule()
+    _switch_relus(model, rule)
+
+    def loss(images: Tensor, targets: Tensor) -> Tensor:
+        leaf = images.detach().requires_grad_()
+        with precision():
+            cross_entropy = F.cross_entropy(model(leaf), targets)
+        rule.guided = True
+        try:
+            (guided,) = torch.autograd.grad(cross_entropy, leaf, retain_graph=True)
+        finally:
+            rule.guided = False
+        (gradients,) = torch.autograd.grad(cross_entropy, leaf, create_graph=True)
+        return cross_entropy + weight * eager.gradient_error(gradients, guided, "cosine").mean()
+
+    return loss, lambda: None

@@ -16,20 +16,12 @@ from torch import Tensor, nn
 
 import camkernels as ck
 from benchmarks import loops
-from benchmarks.harness import (
-    Benchmark,
-    Case,
-    Options,
-    Side,
-    UnsupportedError,
-    relative_error,
-    require_agreement,
-)
+from benchmarks.harness import Benchmark, Case, Options, Side, relative_error, require_agreement
+from benchmarks.members import _steps
+from benchmarks.members._steps import Maker
 
 BETA = 100.0
-CLASSES = 1000
 PLAIN = "plain"
-Maker = Callable[[nn.Module], tuple[loops.Loop, Callable[[], None]]]
 
 
 def _model(options: Options) -> nn.Module:
@@ -38,15 +30,10 @@ def _model(options: Options) -> nn.Module:
     The rows of the last layer are shifted alike, which changes no softmax and makes every map of
     layer4 live: a dead map has nothing to differentiate.
     """
-    try:
-        from torchvision.models import resnet18, resnet50
-    except (ImportError, RuntimeError) as error:
-        raise UnsupportedError(f"torchvision does not import ({error})") from error
-    torch.manual_seed(0)
-    model: nn.Module = (resnet18 if options.quick else resnet50)(weights=None)
+    model = _steps.resnet("resnet18" if options.quick else "resnet50")
     with torch.no_grad():
-        model.fc.weight.add_(0.05)
-    return model.train()
+        model.get_parameter("fc.weight").add_(0.05)
+    return model
 
 
 def ours(layer: str) -> Maker:
@@ -72,35 +59,14 @@ def makers(layer: str) -> Mapping[str, Maker]:
     return out
 
 
-def _batch(count: int, size: int, options: Options, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, 3, size, size, generator=generator)
-    targets = torch.randint(CLASSES, (count,), generator=generator)
-    return images.to(options.device, dtype), targets.to(options.device)
-
-
-def _side(model: nn.Module, maker: Maker, images: Tensor, targets: Tensor) -> Side:
-    loop, close = maker(model)
-    parameters = tuple(model.parameters())
-
-    def backward(loss: Tensor) -> list[Tensor]:
-        loss.backward()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for p in parameters:
-            p.grad = None
-        return gradients
-
-    return Side(lambda: loop(images, targets), backward, parameters, close)
-
-
 def check(layer: str, options: Options) -> None:
     """All sides but plain CE give the same loss and parameter gradients, in float64, on a batch
     small enough to be quick; in float32 eager autograd itself is off by a per cent here."""
     model = _model(options).to(options.device, torch.float64)
-    images, targets = _batch(2, 64, options, torch.float64)
+    images, targets = _steps.batch(2, 64, options, torch.float64)
     results: dict[str, list[Tensor]] = {}
     for name, maker in makers(layer).items():
-        side = _side(copy.deepcopy(model), maker, images, targets)
+        side = _steps.side(copy.deepcopy(model), maker, images, targets)
         loss = side.forward()
         assert side.backward is not None
         gradients = side.backward(loss)
@@ -115,11 +81,11 @@ def check(layer: str, options: Options) -> None:
 
 def _case(layer: str, batch: int, size: int, options: Options) -> Case:
     def build() -> dict[str, Callable[[], Side]]:
-        images, targets = _batch(batch, size, options, options.torch_dtype)
+        images, targets = _steps.batch(batch, size, options, options.torch_dtype)
 
         def factory(maker: Maker) -> Side:
             model = _model(options).to(options.device, options.torch_dtype)
-            return _side(model, maker, images, targets)
+            return _steps.side(model, maker, images, targets)
 
         return {name: lambda m=maker: factory(m) for name, maker in makers(layer).items()}  # type: ignore[misc]
 
