@@ -104,17 +104,17 @@ class BatchNormReLUFunction(torch.autograd.Function):
         z, gamma, beta, mean, rstd, mask = ctx.saved_tensors
         need_z, need_gamma, need_beta, need_residual = ctx.needs_input_grad[:4]
         need_gamma, need_beta = need_gamma and weights, need_beta and weights
+        to_z: Any
         if torch.is_grad_enabled():
-            found = BatchNormReLUBackwardFunction.apply(
+            to_z, to_residual, to_gamma, to_beta = BatchNormReLUBackwardFunction.apply(
                 grad, z, gamma, beta, mean, rstd, mask, ctx.inv_count, need_residual, ctx.spec
             )
-            to_z, to_residual, to_gamma, to_beta = found
         else:
             spec: NormSpec = ctx.spec
             saved = Saved(
                 z, mean, rstd, spec.per_channel(gamma, z), spec.per_channel(beta, z), mask
             )  # fmt: skip
-            to_z, to_residual, sums, _ = norm.first_order(
+            to_z, to_residual, sums, _total = norm.first_order(
                 norm.conform(grad, z), saved, spec, ctx.inv_count, guided=guided and spec.relu,
                 scaled=True, addend=None, want_residual=need_residual,
                 want_sums=need_gamma or need_beta,

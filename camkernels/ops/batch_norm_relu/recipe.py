@@ -52,10 +52,10 @@ class Recipe:
     @staticmethod
     def arguments_of(x: Tensor) -> tuple[Any, ...]:
         """z, gamma, beta and the recipe of x; four times None where it has none."""
-        found = getattr(x, _ATTRIBUTE, None)
+        found: tuple[Any, ...] | None = getattr(x, _ATTRIBUTE, None)
         if found is None or found[0] != x._version:
             return (None, None, None, None)
-        return found[1:]  # type: ignore[no-any-return]
+        return found[1:]
 
 
 def attach(

@@ -13,6 +13,7 @@ batch_norm_relu or conv_bn_act, the z that is kept anyway (see recipe.py).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -32,24 +33,56 @@ class ConvSpec:
     groups: int
 
 
+@functools.cache
+def _slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether PyTorch would run convolutions of this dtype by its slow path on this CPU. Then they
+    are computed in float32 and rounded, which is what the fast path does inside: on a CPU without
+    such instructions the data gradient took 20 times as long in bfloat16 as in float32."""
+    try:
+        if dtype == torch.bfloat16:
+            return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if dtype == torch.float16:
+            return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    except (AttributeError, RuntimeError):  # a PyTorch without these probes
+        return False
+    return False
+
+
+def _widened(*tensors: Tensor | None) -> list[Tensor | None] | None:
+    """The tensors in float32 where that is faster, else None."""
+    first = tensors[0]
+    assert first is not None
+    if first.device.type != "cpu" or not _slow_on_cpu(first.dtype):
+        return None
+    return [None if t is None else t.float() for t in tensors]
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    dtype = x.dtype
+    wide = _widened(x, weight, bias)
+    arguments = (x, weight, bias) if wide is None else wide
     y: Tensor = torch.ops.aten.convolution(
-        x, weight, bias, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups
+        *arguments, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups
     )
-    return y
+    return y.to(dtype)
 
 
 def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """grad_x, grad_weight, grad_bias. Of x only the shape is read where grad_weight is not wanted,
     of weight where grad_x is not."""
-    found: tuple[Tensor | None, Tensor | None, Tensor | None]
-    found = torch.ops.aten.convolution_backward(
+    dtype = grad.dtype
+    wide = _widened(grad)
+    if wide is not None:
+        grad = wide[0]  # type: ignore[assignment]
+        x = x.float() if wanted[1] else Geometry.of(x).blank(grad)
+        weight = weight.float() if wanted[0] else Geometry.of(weight).blank(grad)
+    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
         grad, x, weight, (weight.shape[0],), spec.stride, spec.padding, spec.dilation,
         False, (0, 0), spec.groups, wanted,
     )  # fmt: skip
-    return found
+    return found if wide is None else tuple(None if f is None else f.to(dtype) for f in found)
 
 
 @dataclasses.dataclass(frozen=True)
