@@ -19,6 +19,10 @@ namespace camkernels {
 
 int g_level = kBaseline;
 
+// Rooms that bind themselves, in csrc/<op>/<op>_bindings.cpp.
+void define_relu(py::module_&);
+void define_batch_norm_relu(py::module_&);
+
 namespace {
 
 using Shape = std::array<int64_t, 4>;
@@ -164,4 +168,6 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def("map_statistics_fwd", &run_map_statistics_fwd, Release());
   module.def("map_statistics_bwd", &run_map_statistics_bwd, Release());
+  define_relu(module);
+  define_batch_norm_relu(module);
 }
