@@ -1,0 +1,220 @@
+"""BatchNorm, residual and ReLU by the C++ kernels of csrc/batch_norm_relu. Signatures:
+reference.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from camkernels import _cpu
+from camkernels.ops import _cpu_view, _layout
+
+# The order in which csrc/batch_norm_relu/batch_norm_relu_bindings.cpp takes pointers.
+TENSORS = (
+    "z", "mean", "rstd", "gamma", "beta", "mask", "grad", "residual", "addend", "grad_grad",
+    "grad_grad_residual", "grad_prime", "sums", "grad_sums", "c_gamma", "c_beta", "out",
+    "second_out", "out_mask", "results", "scratch",
+)  # fmt: skip
+
+# Pixels of a plane per task: what the second pass of bn_stats finds in the first-level cache.
+_STRETCH = 4096
+# Bytes per task in channels_last: bn_stats passes twice over them, from the second-level cache.
+_BLOCK_BYTES, _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 16, 16, 1024
+# Sums per task, and values per channel, of each kernel (kSums and kValues in csrc).
+_SUMS = {"bn_stats": 2, "bn_bwd_reduce": 2, "bn_bwd_bwd_reduce": 3}
+_VALUES = 10
+
+
+def _block(z: Tensor, channels_last: bool) -> int:
+    """Pixels per task; from shape and dtype alone, so that sums are added in the same order
+    whatever the thread count."""
+    pixels = z.shape[2] * z.shape[3]
+    if not channels_last:
+        return min(_STRETCH, max(pixels, 1))
+    wanted = _BLOCK_BYTES // (z.shape[1] * z.itemsize)
+    return min(max(wanted // 8 * 8, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+
+
+def _scratch_size(kernel: str, z: Tensor, channels_last: bool, block: int, threads: int) -> int:
+    batch, channels, height, width = z.shape
+    pixels, sums = height * width, _SUMS.get(kernel, 0)
+    if not channels_last:
+        return batch * channels * -(-pixels // block) * sums
+    rows = -(-batch * pixels // block) * sums + (threads if kernel == "bn_stats" else _VALUES)
+    return rows * (-(-channels // 16) * 16)
+
+
+def _run(
+    kernel: str,
+    z: Tensor,
+    mean: Tensor,
+    *,
+    relu: bool = False,
+    guided: bool = False,
+    scaled: bool = False,
+    inv_count: float = 0.0,
+    **tensors: Tensor | None,
+) -> None:
+    batch, channels, height, width = z.shape
+    masks = (tensors.get("mask"), tensors.get("out_mask"))
+    # Planes of one pixel are rows of channels; only the layout of a mask tells them apart.
+    channels_last = _layout.is_channels_last(z) or (height * width == 1 and masks == (None, None))
+    threads, block = _cpu_view.threads(z.numel()), _block(z, channels_last)
+    size = _scratch_size(kernel, z, channels_last, block, threads)
+    tensors |= {"z": z, "mean": mean, "scratch": mean.new_empty(size)}
+    getattr(_cpu, kernel)(
+        (batch, channels, height * width),
+        _cpu_view.DTYPE_CODES[z.dtype],
+        channels_last,
+        _streams(z, channels_last, tensors),
+        relu,
+        guided,
+        scaled,
+        inv_count,
+        block,
+        threads,
+        _cpu_view.pointers([tensors.get(name) for name in TENSORS]),
+    )
+
+
+def _streams(z: Tensor, channels_last: bool, tensors: dict[str, Tensor | None]) -> bool:
+    """Whether outputs are stored past the caches; every row must begin on a cache line."""
+    row = z.shape[1] if channels_last else z.shape[2] * z.shape[3]
+    outputs = (tensors.get("out"), tensors.get("second_out"))
+    return (
+        _cpu_view.streams(z.numel(), z.dtype)
+        and row * z.itemsize % 64 == 0
+        and all(out is None or out.data_ptr() % 64 == 0 for out in outputs)
+    )
+
+
+def _given(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or mask.numel() == 0 else mask
+
+
+def _like(z: Tensor) -> Tensor:
+    """An unwritten output in the dense layout of z."""
+    layout = _layout.memory_format(_layout.is_channels_last(z))
+    return torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=layout)
+
+
+def _optional(z: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """An output as it is returned, and as the kernel is given it."""
+    if not wanted:
+        return z.new_empty(0), None
+    out = _like(z)
+    return out, out
+
+
+def bn_stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    results = z.new_empty((2, z.shape[1]), dtype=_layout.accumulate_dtype(z.dtype))
+    _run("bn_stats", z, results, results=results)
+    mean, squares = results.unbind(0)
+    return mean, squares
+
+
+def bn_fwd(
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    want_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    out, mask = _like(z), None
+    if want_mask:
+        batch, channels, height, width = z.shape
+        planes, pixels = (batch * channels, height * width)
+        if _layout.is_channels_last(z):
+            planes, pixels = batch * height * width, channels
+        mask = z.new_empty((planes, -(-pixels // 8)), dtype=torch.uint8)
+    _run(
+        "bn_fwd", z, mean, rstd=rstd, gamma=gamma, beta=beta, residual=residual, relu=relu,
+        out=out, out_mask=mask,
+    )  # fmt: skip
+    return out, z.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+def bn_bwd_reduce(
+    grad: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mask: Tensor | None,
+    relu: bool,
+    guided: bool,
+) -> Tensor:
+    results = mean.new_empty((2, z.shape[1]))
+    _run(
+        "bn_bwd_reduce", z, mean, rstd=rstd, gamma=gamma, beta=beta, mask=_given(mask), grad=grad,
+        relu=relu, guided=guided, results=results,
+    )  # fmt: skip
+    return results
+
+
+def bn_bwd(
+    grad: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mask: Tensor | None,
+    sums: Tensor,
+    inv_count: float,
+    relu: bool,
+    guided: bool,
+    scaled: bool,
+    addend: Tensor | None,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    out, (to_residual, second) = _like(z), _optional(z, want_residual)
+    _run(
+        "bn_bwd", z, mean, rstd=rstd, gamma=gamma, beta=beta, mask=_given(mask), grad=grad,
+        sums=sums, inv_count=inv_count, relu=relu, guided=guided, scaled=scaled, addend=addend,
+        out=out, second_out=second,
+    )  # fmt: skip
+    return out, to_residual
+
+
+def bn_bwd_bwd_reduce(
+    grad_grad: Tensor, grad_prime: Tensor, z: Tensor, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    results = mean.new_empty((3, z.shape[1]))
+    _run(
+        "bn_bwd_bwd_reduce", z, mean, rstd=rstd, grad_grad=grad_grad, grad_prime=grad_prime,
+        results=results,
+    )  # fmt: skip
+    return results
+
+
+def bn_bwd_bwd(
+    grad_grad: Tensor,
+    grad_grad_residual: Tensor | None,
+    grad_prime: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mask: Tensor | None,
+    sums: Tensor,
+    grad_sums: Tensor,
+    inv_count: float,
+    c_gamma: Tensor | None,
+    c_beta: Tensor | None,
+    relu: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    to_grad, to_z = grad_grad if inplace else _like(z), _like(z)
+    _run(
+        "bn_bwd_bwd", z, mean, rstd=rstd, gamma=gamma, beta=beta, mask=_given(mask),
+        grad_grad=grad_grad, grad_grad_residual=grad_grad_residual, grad_prime=grad_prime,
+        sums=sums, grad_sums=grad_sums, c_gamma=c_gamma, c_beta=c_beta, inv_count=inv_count,
+        relu=relu, out=to_grad, second_out=to_z,
+    )  # fmt: skip
+    return to_grad, to_z

@@ -1,0 +1,337 @@
+// What the kernels share: vectors with bit masks, values per channel, and the walk over the rows.
+#pragma once
+
+#include "batch_norm_relu/batch_norm_relu.h"
+#include "common/vec.h"
+
+namespace camkernels {
+namespace CAMKERNELS_ISA {
+
+// a b + c with one rounding where the machine has it; the compiler is not left to choose, because
+// the sign of the result decides about gradients and must be the same in every kernel.
+template <class A>
+CAMKERNELS_INLINE Vec<A> fused(Vec<A> a, Vec<A> b, Vec<A> c) {
+#if defined(CAMKERNELS_ISA_AVX512)
+  if constexpr (sizeof(A) == 4) {
+    return (Vec<A>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  } else {
+    return (Vec<A>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  }
+#elif defined(CAMKERNELS_ISA_AVX2)
+  if constexpr (sizeof(A) == 4) {
+    return (Vec<A>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  } else {
+    return (Vec<A>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+#else
+  return a * b + c;
+#endif
+}
+
+// --- bits of a mask -----------------------------------------------------------------------------
+
+// Bit i from lane i.
+template <class A>
+CAMKERNELS_INLINE uint32_t bits_of(Mask<A> lanes) {
+#if defined(CAMKERNELS_ISA_AVX512)
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)lanes);
+  if constexpr (sizeof(A) == 8) return _mm512_movepi64_mask((__m512i)lanes);
+#elif defined(CAMKERNELS_ISA_AVX2)
+  if constexpr (sizeof(A) == 4) return (uint32_t)_mm256_movemask_ps((__m256)lanes);
+  if constexpr (sizeof(A) == 8) return (uint32_t)_mm256_movemask_pd((__m256d)lanes);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(A) == 4) return (uint32_t)_mm_movemask_ps((__m128)lanes);
+  if constexpr (sizeof(A) == 8) return (uint32_t)_mm_movemask_pd((__m128d)lanes);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < Lanes<A>::count; ++i) bits |= (uint32_t)(lanes[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// Lane i from bit i.
+template <class A>
+CAMKERNELS_INLINE Mask<A> lanes_of(uint32_t bits) {
+  Mask<A> lane;
+  for (int i = 0; i < Lanes<A>::count; ++i) lane[i] = 1 << i;
+  return ((Mask<A>{} + (int)bits) & lane) != 0;
+}
+
+// The bits of `count` elements from element i on, a multiple of the lanes; whole bytes are kept,
+// so that vectors of fewer than 8 lanes share one.
+template <class A>
+CAMKERNELS_INLINE uint32_t load_bits(const uint8_t* row, int64_t i, int64_t count) {
+  constexpr int N = Lanes<A>::count;
+  const uint32_t byte = row[i / 8];
+  if constexpr (N < 8) return byte >> (i % 8);
+  if constexpr (N > 8) return count > 8 ? byte | (uint32_t)row[i / 8 + 1] << 8 : byte;
+  return byte;
+}
+
+template <class A>
+CAMKERNELS_INLINE void store_bits(uint8_t* row, int64_t i, int64_t count, uint32_t bits) {
+  constexpr int N = Lanes<A>::count;
+  bits &= (1u << count) - 1;  // what pads a row is zero
+  if constexpr (N < 8) {
+    const uint32_t before = i % 8 == 0 ? 0 : row[i / 8];
+    row[i / 8] = (uint8_t)(before | bits << (i % 8));
+  } else {
+    row[i / 8] = (uint8_t)bits;
+    if (N > 8 && count > 8) row[i / 8 + 1] = (uint8_t)(bits >> 8);
+  }
+}
+
+// --- whole vectors and the rest of a row --------------------------------------------------------
+
+struct Whole {
+  static constexpr bool value = true;
+};
+struct Part {
+  static constexpr bool value = false;
+};
+
+template <class A, class Kind, class T>
+CAMKERNELS_INLINE Vec<A> read(Kind, const T* source, int64_t count) {
+  if constexpr (Kind::value) return load<A>(source);
+  return load_partial<A>(source, count);
+}
+
+template <class A, class Kind, class T>
+CAMKERNELS_INLINE void write(Kind, T* target, Vec<A> value, int64_t count, bool streaming) {
+  if constexpr (!Kind::value) {
+    store_partial<A>(target, value, count);
+  } else if (streaming) {
+    stream<A>(target, value);
+  } else {
+    store<A>(target, value);
+  }
+}
+
+// body(kind, i, count) for the vectors of [0, length).
+template <class A, class Body>
+CAMKERNELS_INLINE void each_vector(int64_t length, const Body& body) {
+  constexpr int N = Lanes<A>::count;
+  int64_t i = 0;
+  for (; i + N <= length; i += N) body(Whole{}, i, (int64_t)N);
+  if (i < length) body(Part{}, i, length - i);
+}
+
+// --- values per channel -------------------------------------------------------------------------
+
+// Of a plane: the same in all lanes.
+template <class A, int kCount>
+struct PlaneValues {
+  Vec<A> values[kCount];
+  CAMKERNELS_INLINE Vec<A> get(int which, int64_t) const { return values[which]; }
+};
+
+// Of a pixel: a vector per vector of channels, from scratch.
+template <class A>
+struct PixelValues {
+  const A* base;
+  int64_t stride;
+  CAMKERNELS_INLINE Vec<A> get(int which, int64_t i) const {
+    return load<A>(base + which * stride + i);
+  }
+};
+
+// The first values of every kernel but bn_stats.
+enum { kMean, kScale, kShift, kOwn };
+
+template <class A>
+CAMKERNELS_INLINE double at_channel(const void* values, int64_t c, double absent) {
+  return values == nullptr ? absent : (double)static_cast<const A*>(values)[c];
+}
+
+// gamma rstd.
+template <class A>
+CAMKERNELS_INLINE double scale_of(const BatchNorm& args, int64_t c) {
+  return at_channel<A>(args.gamma, c, 1) * at_channel<A>(args.rstd, c, 1);
+}
+
+template <class A>
+CAMKERNELS_INLINE void first_values(const BatchNorm& args, int64_t c, A* values) {
+  values[kMean] = (A)at_channel<A>(args.mean, c, 0);
+  values[kScale] = (A)scale_of<A>(args, c);
+  values[kShift] = (A)at_channel<A>(args.beta, c, 0);
+}
+
+// gamma zhat + beta from d = z - mean. Exact where mean is large: no product with it is rounded.
+template <class A, class Values>
+CAMKERNELS_INLINE Vec<A> affine(const Values& values, Vec<A> d, int64_t i) {
+  return fused<A>(d, values.get(kScale, i), values.get(kShift, i));
+}
+
+// 1[u > 0] g of `count` elements from element i of a row on. NaN counts as positive.
+template <class A, class Values>
+CAMKERNELS_INLINE Vec<A> gated(const BatchNorm& args, const uint8_t* mask, bool guided,
+                               const Values& values, Vec<A> g, Vec<A> d, int64_t i, int64_t count) {
+  if (!args.relu) return g;
+  if (guided) g = g < 0 ? Vec<A>{} : g;
+  if (mask != nullptr) return lanes_of<A>(load_bits<A>(mask, i, count)) ? g : Vec<A>{};
+  return affine<A>(values, d, i) <= 0 ? Vec<A>{} : g;
+}
+
+// --- the walk -----------------------------------------------------------------------------------
+
+// A stretch of a row: `length` elements from element `begin` on.
+struct Stretch {
+  int64_t row, begin, length;
+};
+
+static inline Stretch stretch_of(const BatchNorm& args, int64_t task) {
+  const int64_t each = args.stretches(), begin = task % each * args.block;
+  const int64_t left = args.pixels - begin;
+  return {task / each, begin, left < args.block ? left : args.block};
+}
+
+// Kernel::values of every channel into scratch, one row per value; to be run by all threads.
+template <class A, class Kernel>
+static void spread_values(const Kernel& kernel, A* scratch) {
+  const int64_t channels = kernel.args.channels, padded = kernel.args.padded();
+#pragma omp for schedule(static)
+  for (int64_t c = 0; c < padded; ++c) {
+    A values[Kernel::kValues] = {};
+    if (c < channels) kernel.values(c, values);
+    for (int k = 0; k < Kernel::kValues; ++k) scratch[k * padded + c] = values[k];
+  }
+}
+
+template <class A, class Kernel>
+CAMKERNELS_INLINE PlaneValues<A, Kernel::kValues> plane_values(const Kernel& kernel, int64_t row) {
+  A scalars[Kernel::kValues];
+  kernel.values(row % kernel.args.channels, scalars);
+  PlaneValues<A, Kernel::kValues> values;
+  for (int k = 0; k < Kernel::kValues; ++k) values.values[k] = splat(scalars[k]);
+  return values;
+}
+
+// Kernel::row over everything.
+template <class A, class Kernel>
+static void map_rows(const Kernel& kernel) {
+  const BatchNorm& args = kernel.args;
+  const int64_t tasks = args.tasks(), rows = args.rows();
+  A* scratch = static_cast<A*>(args.scratch);
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
+  {
+    if (args.channels_last) spread_values<A>(kernel, scratch);
+#pragma omp for schedule(static) nowait
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (args.channels_last) {
+        const PixelValues<A> values{scratch, args.padded()};
+        const int64_t begin = task * args.block;
+        const int64_t end = begin + args.block < rows ? begin + args.block : rows;
+        for (int64_t row = begin; row < end; ++row) {
+          kernel.row(values, Stretch{row, 0, args.channels});
+        }
+      } else {
+        const Stretch stretch = stretch_of(args, task);
+        kernel.row(plane_values<A>(kernel, stretch.row), stretch);
+      }
+    }
+    if (args.streaming) stream_fence();
+  }
+}
+
+// --- reductions ---------------------------------------------------------------------------------
+
+// Kernel::add over one stretch of a plane; two running sums shorten the chains.
+template <class A, class Kernel>
+static void sum_stretch(const Kernel& kernel, int64_t task, A* partial) {
+  constexpr int N = Lanes<A>::count, K = Kernel::kSums;
+  const Stretch s = stretch_of(kernel.args, task);
+  const auto values = plane_values<A>(kernel, s.row);
+  Vec<A> even[K] = {}, odd[K] = {};
+  int64_t i = 0;
+  for (; i + 2 * N <= s.length; i += 2 * N) {
+    kernel.add(Whole{}, values, s.row, s.begin + i, N, even);
+    kernel.add(Whole{}, values, s.row, s.begin + i + N, N, odd);
+  }
+  for (; i < s.length; i += N) {
+    const int64_t left = s.length - i;
+    if (left >= N) {
+      kernel.add(Whole{}, values, s.row, s.begin + i, N, even);
+    } else {
+      kernel.add(Part{}, values, s.row, s.begin + i, left, odd);
+    }
+  }
+  for (int k = 0; k < K; ++k) partial[k] = sum_lanes<A>(even[k] + odd[k]);
+}
+
+// Kernel::add over `kRows` pixels, vector by vector of channels.
+template <int kRows, class A, class Kernel>
+CAMKERNELS_INLINE void add_pixels(const Kernel& kernel, const PixelValues<A>& values, int64_t row,
+                                  A* partial) {
+  each_vector<A>(kernel.args.channels, [&](auto kind, int64_t i, int64_t count) {
+    Vec<A> sums[Kernel::kSums] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) kernel.add(kind, values, row + r, i, count, sums);
+    for (int k = 0; k < Kernel::kSums; ++k) {
+      A* target = partial + k * values.stride + i;
+      store<A>(target, load<A>(target) + sums[k]);
+    }
+  });
+}
+
+template <class A, class Kernel>
+static void sum_pixels(const Kernel& kernel, int64_t task, const PixelValues<A>& values,
+                       A* partial) {
+  const BatchNorm& args = kernel.args;
+  const int64_t rows = args.rows(), begin = task * args.block;
+  const int64_t end = begin + args.block < rows ? begin + args.block : rows;
+  for (int64_t i = 0; i < Kernel::kSums * values.stride; ++i) partial[i] = 0;
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) add_pixels<4>(kernel, values, row, partial);
+  for (; row < end; ++row) add_pixels<1>(kernel, values, row, partial);
+}
+
+// Sums over all, into args.results, by Kernel::finish from totals in float64.
+template <class A, class Kernel>
+static void reduce_rows(const Kernel& kernel) {
+  constexpr int K = Kernel::kSums;
+  const BatchNorm& args = kernel.args;
+  const int64_t tasks = args.tasks(), channels = args.channels, padded = args.padded();
+  A* scratch = static_cast<A*>(args.scratch);
+  A* partial = args.channels_last ? scratch + Kernel::kValues * padded : scratch;
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
+  {
+    if (args.channels_last) spread_values<A>(kernel, scratch);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; ++task) {
+      if (args.channels_last) {
+        sum_pixels<A>(kernel, task, {scratch, padded}, partial + task * K * padded);
+      } else {
+        sum_stretch<A>(kernel, task, partial + task * K);
+      }
+    }
+    if (args.channels_last) {
+#pragma omp for schedule(static) nowait
+      for (int64_t c = 0; c < padded; c += 16) {
+        double totals[K][16] = {};
+        for (int64_t task = 0; task < tasks; ++task) {
+          const A* from = partial + task * K * padded + c;
+          for (int k = 0; k < K; ++k) {
+            for (int j = 0; j < 16; ++j) totals[k][j] += (double)from[k * padded + j];
+          }
+        }
+        for (int64_t j = 0; j < 16 && c + j < channels; ++j) {
+          for (int k = 0; k < K; ++k) kernel.finish(k, c + j, totals[k][j]);
+        }
+      }
+    } else {
+      const int64_t each = args.stretches();
+#pragma omp for schedule(static) nowait
+      for (int64_t c = 0; c < channels; ++c) {
+        double totals[K] = {};
+        for (int64_t b = 0; b < args.batch; ++b) {
+          const A* from = partial + (b * channels + c) * each * K;
+          for (int64_t i = 0; i < each * K; ++i) totals[i % K] += (double)from[i];
+        }
+        for (int k = 0; k < K; ++k) kernel.finish(k, c, totals[k]);
+      }
+    }
+  }
+}
+
+}  // namespace CAMKERNELS_ISA
+}  // namespace camkernels
