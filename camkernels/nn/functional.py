@@ -147,8 +147,8 @@ def batch_norm_relu(
     _check_affine(z.shape[1], z, running_mean, running_var, weight, bias)
     batch_statistics = training or running_mean is None
     if batch_statistics:
-        _check_count(z, process_group)
-    _check_residual(residual, z)
+        norm.check_count(z, process_group)
+    norm.check_residual(residual, z)
     backend = backends.resolve(z.device, z.dtype)
     if backend == "reference":
         return _by_formula(
@@ -163,7 +163,7 @@ def batch_norm_relu(
     )
     if training:
         _update(running_mean, running_var, mean, var, count, momentum)
-    if residual is None and torch.is_grad_enabled():
+    if residual is None and output.requires_grad:
         attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
     return output
 
@@ -230,7 +230,7 @@ def conv_bn_act(
     )  # fmt: skip
     if training:
         _update(running_mean, running_var, mean, var, count, momentum)
-    if residual is None and torch.is_grad_enabled():
+    if residual is None and output.requires_grad:
         attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
     return output
 
@@ -323,23 +323,6 @@ def _check_affine(channels: int, like: Tensor, *values: Tensor | None) -> None:
         raise ValueError("running_mean, running_var: expected both or neither")
     if values[2] is None and values[3] is not None:
         raise ValueError("bias: given without weight")
-
-
-def _check_count(z: Tensor, group: Any) -> None:
-    if group is None and z.shape[0] * z.shape[2] * z.shape[3] == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(z.shape)}"
-        )
-
-
-def _check_residual(residual: Tensor | None, like: Tensor) -> None:
-    if residual is None:
-        return
-    if residual.shape != like.shape:
-        raise ValueError(
-            f"residual: expected shape {tuple(like.shape)}, got {tuple(residual.shape)}"
-        )
-    _validate.same_device("residual", residual, "input", like)
 
 
 def _update(

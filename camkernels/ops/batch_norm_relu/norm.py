@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from camkernels.ops import _layout
+from camkernels.ops import _layout, _validate
 from camkernels.ops._chain import implementation
 
 THIRD_ORDER = (
@@ -116,6 +116,31 @@ def dense(z: Tensor) -> Tensor:
     if z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last):
         return z
     return z.contiguous()
+
+
+def relaid(z: Tensor, channels_last: bool) -> Tensor:
+    """A saved z in the layout it was saved in, which that of the mask beside it follows; hooks that
+    carry saved tensors elsewhere (save_on_cpu with pinned memory) bring them back contiguous."""
+    if _layout.is_channels_last(z) == channels_last:
+        return z
+    return z.contiguous(memory_format=_layout.memory_format(channels_last))
+
+
+def check_count(z: Tensor, group: Any) -> None:
+    if group is None and z.shape[0] * z.shape[2] * z.shape[3] == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(z.shape)}"
+        )
+
+
+def check_residual(residual: Tensor | None, like: Tensor) -> None:
+    if residual is None:
+        return
+    if residual.shape != like.shape:
+        raise ValueError(
+            f"residual: expected shape {tuple(like.shape)}, got {tuple(residual.shape)}"
+        )
+    _validate.same_device("residual", residual, "input", like)
 
 
 @dataclasses.dataclass

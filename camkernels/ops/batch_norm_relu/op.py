@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from camkernels import modes
+from camkernels.ops import _layout
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu.norm import NormSpec, Saved
 
@@ -41,6 +42,7 @@ class BatchNormReLUBackwardFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(z, gamma, beta, mean, rstd, mask, grad_prime, total)
         ctx.inv_count, ctx.spec = inv_count, spec
+        ctx.channels_last = _layout.is_channels_last(z)
         ctx.set_materialize_grads(False)
         to_z = grad_prime * saved.scale.to(grad_prime.dtype).view(1, -1, 1, 1)
         return to_z, to_residual, sums[1], sums[0]
@@ -53,6 +55,8 @@ class BatchNormReLUBackwardFunction(torch.autograd.Function):
             raise RuntimeError(norm.GUIDED_TWICE)
         h, h_residual, c_gamma, c_beta = cotangents
         z, gamma, beta, mean, rstd, mask, grad_prime, total = ctx.saved_tensors
+        z = norm.relaid(z, ctx.channels_last)
+        grad_prime = norm.conform(grad_prime, z)
         spec: NormSpec = ctx.spec
         saved = Saved(
             z, mean, rstd, spec.per_channel(gamma, z), spec.per_channel(beta, z), mask
@@ -92,6 +96,7 @@ class BatchNormReLUFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(z, gamma, beta, found.mean, found.rstd, mask if masked else None)
         ctx.spec, ctx.relu, ctx.inv_count = spec, spec.relu, found.inv_count
+        ctx.channels_last = _layout.is_channels_last(z)
         ctx.mark_non_differentiable(found.mean, found.var, found.rstd)
         ctx.set_materialize_grads(False)
         return output, found.mean, found.var, found.rstd, found.count
@@ -102,6 +107,7 @@ class BatchNormReLUFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         z, gamma, beta, mean, rstd, mask = ctx.saved_tensors
+        z = norm.relaid(z, ctx.channels_last)
         need_z, need_gamma, need_beta, need_residual = ctx.needs_input_grad[:4]
         need_gamma, need_beta = need_gamma and weights, need_beta and weights
         to_z: Any

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from camkernels import modes
+from camkernels.ops import _layout
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu.norm import NormSpec, Saved
 from camkernels.ops.batch_norm_relu.recipe import Recipe
@@ -74,6 +75,7 @@ class ConvBNActBackwardFunction(torch.autograd.Function):
             x if want_weight else None, z, weight, gamma, beta, mean, rstd, mask, grad_prime, total
         )
         ctx.geometry, ctx.inv_count, ctx.conv, ctx.spec = geometry, inv_count, conv, spec
+        ctx.channels_last = _layout.is_channels_last(z)
         ctx.set_materialize_grads(False)
         residual = to_residual if want_residual else None
         return to_x, residual, to_weight, to_bias, sums[1], sums[0]
@@ -86,6 +88,8 @@ class ConvBNActBackwardFunction(torch.autograd.Function):
             raise RuntimeError(norm.GUIDED_TWICE)
         h_x, h_residual, h_weight, h_bias, c_gamma, c_beta = cotangents
         x, z, weight, gamma, beta, mean, rstd, mask, grad_prime, total = ctx.saved_tensors
+        z = norm.relaid(z, ctx.channels_last)
+        grad_prime = norm.conform(grad_prime, z)
         spec: NormSpec = ctx.spec
         saved = Saved(
             z, mean, rstd, spec.per_channel(gamma, z), spec.per_channel(beta, z), mask
@@ -161,6 +165,9 @@ class ConvBNActFunction(torch.autograd.Function):
         spec: NormSpec,
     ) -> tuple[Any, ...]:
         z = norm.dense(convolve(x, weight, bias, conv))
+        if spec.training:
+            norm.check_count(z, spec.group)
+        norm.check_residual(residual, z)
         found = norm.statistics(z, running_mean, running_var, spec)
         masked = spec.relu and residual is not None
         output, mask = spec.run(
@@ -177,6 +184,7 @@ class ConvBNActFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.conv, ctx.spec, ctx.relu, ctx.recipe = conv, spec, spec.relu, recipe
         ctx.x, ctx.inv_count = Geometry.of(x), found.inv_count
+        ctx.channels_last = _layout.is_channels_last(z)
         ctx.mark_non_differentiable(found.mean, found.var, found.rstd)
         ctx.set_materialize_grads(False)
         return output, z, found.mean, found.var, found.rstd, found.count
@@ -211,6 +219,7 @@ def _input(ctx: Any, x: Tensor | None, source: tuple[Tensor | None, ...]) -> Ten
 def _connected(ctx: Any, grad: Tensor | None, need: list[bool]) -> tuple[Any, ...]:
     """A backward whose own graph is kept."""
     x, weight, gamma, beta, x_z, x_gamma, x_beta, z, mean, rstd, mask = ctx.saved_tensors
+    z = norm.relaid(z, ctx.channels_last)
     to_x, to_residual, to_weight, to_bias, to_gamma, to_beta = ConvBNActBackwardFunction.apply(
         grad, _input(ctx, x, (x_z, x_gamma, x_beta)) if need[1] else None, z, weight, gamma, beta,
         mean, rstd, mask, ctx.x, ctx.inv_count, (need[0], need[5], need[1], need[2]),
@@ -227,6 +236,7 @@ def _final(
     """A backward without a graph: guided, or the last one, where the cotangent of z that the
     double backward has left joins in."""
     x, weight, gamma, beta, x_z, x_gamma, x_beta, z, mean, rstd, mask = ctx.saved_tensors
+    z = norm.relaid(z, ctx.channels_last)
     spec: NormSpec = ctx.spec
     to_residual = to_gamma = to_beta = None
     if grad_z is not None:
