@@ -1,5 +1,6 @@
 """Train classifiers with their explanation in the loss: fused kernels for PyTorch."""
 
+from camkernels import nn
 from camkernels.backends import BackendUnavailableError, backend, current_backend
 from camkernels.explain import GradCAM
 from camkernels.functional import (
@@ -13,7 +14,8 @@ from camkernels.functional import (
     map_statistics,
     set_checks,
 )
-from camkernels.losses import CAMEntropyLoss
+from camkernels.losses import CAMEntropyLoss, InterpretableGradientLoss
+from camkernels.nn.swap import swap_in, swap_out, swap_report
 from camkernels.taps.tap import TapError
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "BackendUnavailableError",
     "CAMEntropyLoss",
     "GradCAM",
+    "InterpretableGradientLoss",
     "MapStatistics",
     "TapError",
     "backend",
@@ -33,5 +36,9 @@ __all__ = [
     "current_backend",
     "grad_cam",
     "map_statistics",
+    "nn",
     "set_checks",
+    "swap_in",
+    "swap_out",
+    "swap_report",
 ]

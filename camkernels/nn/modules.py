@@ -1,0 +1,233 @@
+"""Modules of the network ops.
+
+Each is a subclass of PyTorch's with the same parameters, buffers and constructor and without
+attributes of its own, so that ``camkernels.swap_in`` can put it in place by assigning
+``__class__``: hooks, identity, optimizer references and state_dict keys stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camkernels.nn import functional as F
+
+
+def is_plain_tensor(value: object) -> bool:
+    """Whether our functions may take ``value``: a tensor in an ordinary forward, not a proxy of
+    torch.fx nor a recording of torch.jit, which want PyTorch's own operations."""
+    return isinstance(value, Tensor) and not torch.jit.is_tracing()
+
+
+class ReLU(nn.ReLU):
+    """ReLU whose backward can be guided.
+
+        v = max(u, 0)
+
+    Args:
+        inplace: change the input, as ``nn.ReLU``.
+        save: what to keep for the backward: ``"mask"``, one bit per element, or ``"output"``, which
+            costs nothing where the next layer keeps its input anyway.
+
+    Source: Springenberg et al., Striving for Simplicity: The All Convolutional Net, sec. 3.4.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.nn.ReLU()(torch.tensor([-1.0, 2.0])).tolist()
+        [0.0, 2.0]
+    """
+
+    save = "mask"
+
+    def __init__(self, inplace: bool = False, save: str = "mask") -> None:
+        super().__init__(inplace)
+        if save not in ("mask", "output"):
+            raise ValueError(f"save: expected 'mask' or 'output', got {save!r}")
+        if save != type(self).save:
+            self.save = save
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_plain_tensor(input) or not input.is_floating_point():
+            return super().forward(input)
+        return F.relu(input, inplace=self.inplace, save=self.save)
+
+
+def symmetric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Zeros on each side, in rows and columns; None where another padding is asked for."""
+    if conv.padding_mode != "zeros":
+        return None
+    padding: Any = conv.padding
+    if not isinstance(padding, str):
+        return (int(padding[0]), int(padding[1]))
+    if padding == "valid":
+        return (0, 0)
+    totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(total % 2 for total in totals):
+        return None  # "same" with an even kernel pads one side more
+    return (totals[0] // 2, totals[1] // 2)
+
+
+class Conv2d(nn.Conv2d):
+    """2D convolution that is cheap to differentiate twice.
+
+    The arguments are those of ``nn.Conv2d``. Padding other than zeros, the same number on both
+    sides, takes PyTorch's convolution.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.nn.Conv2d(3, 8, 3, padding=1)(torch.rand(2, 3, 9, 9)).shape
+        torch.Size([2, 8, 9, 9])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = symmetric_padding(self)
+        if padding is None or not is_plain_tensor(input) or input.dim() != 4:
+            return super().forward(input)
+        return F.conv2d(
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+
+def normalization_arguments(bn: Any) -> dict[str, Any]:
+    """What ``batch_norm_relu`` is told by a BatchNorm module, which counts this batch.
+
+    As ``nn.BatchNorm2d.forward``: ``momentum=None`` is the cumulative average, and a module in
+    evaluation without running statistics normalises with those of the batch.
+    """
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    keeps = not bn.training or bn.track_running_stats
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    return {
+        "running_mean": bn.running_mean if keeps else None,
+        "running_var": bn.running_var if keeps else None,
+        "weight": bn.weight,
+        "bias": bn.bias,
+        "training": training,
+        "momentum": momentum,
+        "eps": bn.eps,
+        "process_group": _group_to_synchronize(bn) if bn.training else None,
+    }
+
+
+def _group_to_synchronize(bn: nn.Module) -> Any:
+    if not isinstance(bn, nn.SyncBatchNorm):
+        return None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def _normalize(bn: Any, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    bn._check_input_dim(input)
+    return F.batch_norm_relu(input, residual=residual, relu=relu, **normalization_arguments(bn))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over (B, C, H, W) that is cheap to differentiate twice.
+
+    The arguments are those of ``nn.BatchNorm2d``.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.nn.BatchNorm2d(3)(torch.rand(4, 3, 5, 5)).shape
+        torch.Size([4, 3, 5, 5])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_plain_tensor(input):
+            return super().forward(input)
+        return _normalize(self, input, None, relu=False)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm over the batches of all processes that is cheap to differentiate twice.
+
+    The arguments are those of ``nn.SyncBatchNorm``. It runs on the CPU as well (gloo). Inputs that
+    are not (B, C, H, W) take PyTorch's.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_plain_tensor(input) or input.dim() != 4:
+            return super().forward(input)
+        self._check_non_zero_input_channels(input)
+        return _normalize(self, input, None, relu=False)
+
+
+class BatchNormReLU2d(BatchNorm2d):
+    """BatchNorm, then the sum with a residual where one is given, then ReLU, as one operation.
+
+        u = gamma (z - mu) / sqrt(sigma^2 + eps) + beta + s,    a = max(u, 0)
+
+    It saves its input and per-channel statistics, and recomputes all else in the backward.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as ``nn.BatchNorm2d``.
+        relu: False leaves the ReLU out.
+
+    Source: He et al., Deep Residual Learning, fig. 2, for the sum; guided backward as
+    :class:`ReLU`.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> norm = ck.nn.BatchNormReLU2d(3)
+        >>> float(norm(torch.rand(4, 3, 5, 5), residual=torch.rand(4, 3, 5, 5)).min())
+        0.0
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        relu: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.relu = relu
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not is_plain_tensor(input):
+            output = nn.BatchNorm2d.forward(self, input)
+            output = output if residual is None else output + residual
+            return output.relu() if self.relu else output
+        return _normalize(self, input, residual, self.relu)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu={self.relu}"
+
+
+def runs_only_its_forward(module: nn.Module) -> bool:
+    """Whether calling ``module`` is running its class's forward: no hooks and nothing patched."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module.__dict__.get("_compiled_call_impl") is not None
+    )
+
+
+_GLOBAL_HOOKS: tuple[dict[int, Callable[..., Any]], ...] = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+
+
+def global_hooks_exist() -> bool:
+    """Whether hooks are registered for all modules."""
+    return any(_GLOBAL_HOOKS)
