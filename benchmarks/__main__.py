@@ -22,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32"
     )
     run.add_argument("--case", action="append", help="only cases whose name contains this text")
+    run.add_argument("--side", action="append", help="only this side and the baseline")
     run.add_argument("--seconds", type=float, help="time for the timed rounds of each case")
     run.add_argument("--threads", type=int, help="torch.set_num_threads; default torch's own")
     run.add_argument(
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--output",
         type=Path,
-        help="folder for the JSON; default benchmarks/results, with --quick or --case nowhere",
+        help="folder for the JSON; benchmarks/results, or with --quick, --case or --side nowhere",
     )
     for name, text in (("table", "print Markdown"), ("plot", "write a PNG beside each JSON")):
         command = commands.add_parser(name, help=text)
@@ -40,9 +41,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     options = Options(
-        arguments.device, arguments.dtype, arguments.quick, arguments.seconds, arguments.threads
+        arguments.device,
+        arguments.dtype,
+        arguments.quick,
+        arguments.seconds,
+        arguments.threads,
+        arguments.side,
     )
-    partial = arguments.quick or arguments.case  # must not replace a full result
+    # must not replace a full result
+    partial = arguments.quick or arguments.case or arguments.side
     folder = arguments.output or (None if partial else results.FOLDER)
     names = list(MEMBERS) if "all" in arguments.names else arguments.names
     for name in names:
@@ -63,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command == "list":
         for name, member in MEMBERS.items():
-            print(f"{name:18} {member.about}")
+            print(f"{name:24} {member.about}")
         return 0
     if arguments.command == "run":
         return _run(arguments)

@@ -34,6 +34,8 @@ class Options:
     quick: bool = False
     seconds: float | None = None
     threads: int | None = None
+    sides: Sequence[str] | None = None
+    """Only these sides (and the copy); a run adds the baseline."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -137,6 +139,8 @@ def build_sides(
     reasons: dict[str, str] = {}
     for name, factory in factories.items():
         if only is not None and name != only:
+            continue
+        if options.sides is not None and name not in (*options.sides, COPY):
             continue
         try:
             sides[name] = factory()

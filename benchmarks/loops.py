@@ -99,7 +99,7 @@ def closed_form(
     return loss, kept.handle.remove
 
 
-class _Rule:
+class Rule:
     """Which rule the ReLUs of one model follow in the backward that runs now."""
 
     guided = False
@@ -109,7 +109,7 @@ class SwitchedReLUFunction(torch.autograd.Function):
     """ReLU in eager PyTorch with the guided rule on demand, closed under differentiation."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, inplace: bool, rule: _Rule) -> Tensor:
+    def forward(ctx: Any, u: Tensor, inplace: bool, rule: Rule) -> Tensor:
         v = u.relu_() if inplace else u.relu()
         if inplace:
             ctx.mark_dirty(u)
@@ -126,7 +126,7 @@ class SwitchedReLUFunction(torch.autograd.Function):
 
 
 class SwitchedReLU(nn.Module):
-    def __init__(self, inplace: bool, rule: _Rule) -> None:
+    def __init__(self, inplace: bool, rule: Rule) -> None:
         super().__init__()
         self.inplace, self.rule = inplace, rule
 
@@ -135,7 +135,7 @@ class SwitchedReLU(nn.Module):
         return v
 
 
-def _switch_relus(model: nn.Module, rule: _Rule) -> None:
+def _switch_relus(model: nn.Module, rule: Rule) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.ReLU):
@@ -153,7 +153,7 @@ def interpretable(
 
     ``precision``: context of the forward, such as autocast. The model's ReLUs are replaced.
     """
-    rule = _Rule()
+    rule = Rule()
     _switch_relus(model, rule)
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ convolutions it calls.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections import Counter
@@ -79,12 +80,12 @@ class Traffic:
 
     def size(self, tensor: Tensor) -> int:
         """Bytes in memory if ``tensor`` is an activation, else 0."""
-        if tensor.dim() != 4 or self.batch not in tensor.shape[:2]:
+        lengths = [
+            n if s else min(n, 1) for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+        ]
+        if tensor.dim() != 4 or self.batch not in lengths[:2]:
             return 0
-        elements = 1
-        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            elements *= length if stride != 0 else min(length, 1)
-        return elements * tensor.itemsize
+        return math.prod(lengths) * tensor.itemsize
 
     def add(self, category: str, operator: str, amount: int) -> None:
         self.bytes[category] += amount

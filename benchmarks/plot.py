@@ -1,4 +1,4 @@
-"""Figures of results: time and memory per side, and the linearity curves."""
+"""Figures of results: time and memory per side, bandwidth of kernels, the linearity curves."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ COLOURS = {
     "separate": "#cc79a7",
     "closed_form": "#009e73",
     "plain": "#7f7f7f",
+    "swapped_plain": "#56b4e9",
     "copy": "#bdbdbd",
 }
 LABELS = {
     "ours": "camkernels",
-    "eager": "careful eager (bmm)",
+    "eager": "careful eager",
     "compile": "torch.compile",
     "copy": "copy of the ideal bytes",
     "plain": "cross-entropy alone",
     "careful": "careful eager loop",
     "separate": "separate forward",
     "closed_form": "eager, closed-form weights",
+    "swapped_plain": "cross-entropy alone, swapped modules",
 }
+TARGET = 0.75
+"""Share of a copy's bandwidth that kernels shall reach beyond the caches."""
 
 
 def _pyplot() -> Any:
@@ -51,7 +55,8 @@ def _pyplot() -> Any:
 
 def plot(result: dict[str, Any], path: Path) -> Path:
     """Write the figure of one result to ``path``."""
-    figure = _linearity(result) if result["benchmark"] == "linearity" else _bars(result)
+    special = {"linearity": _linearity, "batch_norm_relu_kernels": _bandwidth}
+    figure = special.get(result["benchmark"], _bars)(result)
     figure.savefig(path, dpi=150)
     _pyplot().close(figure)
     return path
@@ -98,6 +103,27 @@ def _bars(result: dict[str, Any]) -> Any:
         axis.grid(axis="y", visible=False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(f"{result['benchmark']}: {result['about']}\n{conditions(result)}", fontsize=9)
+    return figure
+
+
+def _bandwidth(result: dict[str, Any]) -> Any:
+    """Bandwidth of ours as a share of the copy's, from paired times."""
+    plt, cases = _pyplot(), result["cases"]
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.2 * len(cases)))
+    shares = [c["sides"]["copy"]["ratio_to"]["ours"] for c in cases.values()]
+    middle = [q["q50"] for q in shares]
+    errors = [[q["q50"] - q["q20"] for q in shares], [q["q80"] - q["q50"] for q in shares]]
+    at = range(len(cases))
+    axis.barh(at, middle, xerr=errors, color=COLOURS["ours"], error_kw={"lw": 0.8})
+    for y, q in zip(at, shares, strict=True):
+        rate = list(cases.values())[y]["sides"]["ours"]["gigabytes_per_second"]
+        axis.annotate(f"{q['q50']:.2f} ({rate:.1f} GB/s)", (q["q80"], y), va="center", fontsize=7)
+    axis.axvline(TARGET, color="black", lw=0.8)
+    axis.set_yticks(at, list(cases), fontsize=7)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("bandwidth / that of a copy of the same bytes (median of pairs, 20 to 80 %)")
+    axis.set_title(f"{result['benchmark']}: {result['about']}\n{conditions(result)}", fontsize=8)
     return figure
 
 

@@ -74,6 +74,8 @@ def run(
         names = [n for n in names if any(text in n for text in only)]
     if not names:
         raise ValueError(f"no case of {benchmark.name} matches {only}")
+    if options.sides is not None:
+        options = dataclasses.replace(options, sides=[benchmark.baseline, *options.sides])
     job = {"benchmark": benchmark.name, "options": dataclasses.asdict(options), "side": None}
     cases: dict[str, Any] = {}
     described: dict[str, Any] = {}
@@ -82,6 +84,7 @@ def run(
         done = _worker({**job, "kind": "time", "cases": [name]}, memory.TIMING_MALLOC, path)
         described = described or done["environment"]
         cases.update(done["cases"])
+        _require_sides(options, done["cases"][name])
     if benchmark.measures_memory:
         _add_peaks(benchmark, job, cases, path, say)
     if path:
@@ -100,6 +103,13 @@ def run(
         "peak_malloc": memory.PEAK_MALLOC,
         "cases": cases,
     }
+
+
+def _require_sides(options: Options, case: dict[str, Any]) -> None:
+    known = [*case["sides"], *case["unavailable"]]
+    missing = [side for side in options.sides or () if side not in known]
+    if missing:
+        raise ValueError(f"no side {', '.join(missing)}; this case has {', '.join(known)}")
 
 
 def _add_peaks(
@@ -127,5 +137,6 @@ def command_line(benchmark: Benchmark, options: Options, only: list[str] | None)
     words += ["--quick"] if options.quick else []
     words += [f"--seconds {options.seconds:g}"] if options.seconds is not None else []
     words += [f"--threads {options.threads}"] if options.threads is not None else []
-    words += [f"--case {text}" for text in only or ()]
+    words += [f"--case '{text}'" if " " in text else f"--case {text}" for text in only or ()]
+    words += [f"--side {s}" for s in options.sides or () if s != benchmark.baseline]
     return " ".join(words)

@@ -1,9 +1,20 @@
-"""The benchmarks, one file per op, one for training steps."""
+"""The benchmarks, one file per op and per training step."""
 
 from __future__ import annotations
 
 from benchmarks.harness import Benchmark
-from benchmarks.members import cam, cam_statistics, linearity, map_statistics, step_cam_entropy
+from benchmarks.members import (
+    batch_norm_relu,
+    batch_norm_relu_kernels,
+    cam,
+    cam_statistics,
+    gradient_error,
+    linearity,
+    map_statistics,
+    relu,
+    step_cam_entropy,
+    step_interpretable,
+)
 
 MEMBERS: dict[str, Benchmark] = {
     member.name: member
@@ -12,7 +23,12 @@ MEMBERS: dict[str, Benchmark] = {
         map_statistics.BENCHMARK,
         cam_statistics.BENCHMARK,
         linearity.BENCHMARK,
+        relu.BENCHMARK,
+        batch_norm_relu.BENCHMARK,
+        batch_norm_relu_kernels.BENCHMARK,
+        gradient_error.BENCHMARK,
         step_cam_entropy.BENCHMARK,
+        step_interpretable.BENCHMARK,
     )
 }
 

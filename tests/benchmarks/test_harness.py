@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness, loops, memory, plot, results, runner, timing
+from benchmarks import harness, memory, plot, results, runner, timing
 from benchmarks.__main__ import main
 from benchmarks.harness import COPY, Benchmark, Case, Options, Side
-from benchmarks.members import MEMBERS, step_cam_entropy
+from benchmarks.members import MEMBERS
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -266,70 +267,25 @@ def test_exponent_of_a_known_curve() -> None:
 def test_plots(quick_result: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bars = {**quick_result, "benchmark": "any"}
-    for name, result in (("lines", quick_result), ("bars", bars)):
+    kernels = {**quick_result, "benchmark": "batch_norm_relu_kernels"}
+    for name, result in (("lines", quick_result), ("bars", bars), ("kernels", kernels)):
         assert plot.plot(result, tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", [n for n in MEMBERS if n != "step_cam_entropy"])
-def test_sides_of_every_op_agree(name: str) -> None:
-    options = Options(quick=True)
-    for case in MEMBERS[name].cases(options):
-        factories = case.build()
-        factories.pop("compile", None)  # inductor takes seconds per case
-        sides = {side: factory() for side, factory in factories.items()}
-        harness.verify(case, sides, MEMBERS[name].baseline, options)
-        assert MEMBERS[name].baseline in sides
-        assert case.ideal_bytes
-
-
-def test_ops_check_notices_a_wrong_side() -> None:
-    options = Options(quick=True)
-    for name in ("cam", "cam_statistics", "map_statistics"):
-        case = MEMBERS[name].cases(options)[0]
-        sides, _ = harness.build_sides(case, options, only="eager")
-        wrong = Side(sides["eager"].forward, lambda out, s=sides["eager"]: _half(s.backward(out)))
-        with pytest.raises(harness.SidesDisagreeError):
-            harness.verify(case, {**sides, "ours": wrong}, "eager", options)
-
-
-def _half(gradients: Any) -> list[torch.Tensor]:
-    return [g / 2 for g in gradients]
-
-
-def test_step_sides_agree_and_let_go() -> None:
-    pytest.importorskip("torchvision")
-    options = Options(quick=True)
-    step_cam_entropy.check("layer4", options)
-    (case, _) = MEMBERS["step_cam_entropy"].cases(options)
-    side = case.build()["ours"]()
-    gradients = side.step()
-    assert len(gradients) == len(side.parameters)
-    assert all(p.grad is None for p in side.parameters)
-
-
-def test_step_check_notices_a_first_order_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A detached alpha, the mistake that is commonly made: loss equal, gradients not."""
-    pytest.importorskip("torchvision")
-
-    def first_order(model: torch.nn.Module) -> Any:
-        kept = loops._Kept(model.get_submodule("layer4"))
-
-        def loss(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            logits, activations = model(images), kept.take()
-            score = logits.gather(1, targets[:, None]).sum()
-            (g,) = torch.autograd.grad(score, activations, retain_graph=True)
-            maps = loops.eager.cam(activations, g)
-            penalty = loops.mean_over_live(loops.eager.entropy(maps), maps)
-            cross_entropy = torch.nn.functional.cross_entropy(logits, targets)
-            return cross_entropy + step_cam_entropy.BETA * penalty
-
-        return loss, kept.handle.remove
-
-    right = step_cam_entropy.makers("layer4")
-    sides = {"plain": right["plain"], "careful": right["careful"], "ours": first_order}
-    monkeypatch.setattr(step_cam_entropy, "makers", lambda layer: sides)
-    with pytest.raises(harness.SidesDisagreeError, match="ours disagrees with careful in tensor 1"):
-        step_cam_entropy.check("layer4", Options(quick=True))
+def test_chosen_sides_and_the_baseline_alone() -> None:
+    options = Options(quick=True, threads=1, sides=["ours"])
+    result = runner.run(MEMBERS["relu"], options, ["guided save=output"], say=lambda text: None)
+    ((name, case),) = result["cases"].items()
+    assert name == "guided save=output 3x8x5x7 nchw"
+    assert list(case["sides"]) == ["eager", "ours", COPY]
+    assert result["command"].endswith("--case 'guided save=output' --side ours")
+    with pytest.raises(ValueError, match="no side nonesuch; this case has eager, copy"):
+        runner.run(
+            MEMBERS["relu"],
+            dataclasses.replace(options, sides=["nonesuch"]),
+            ["guided save=output"],
+            say=lambda text: None,
+        )
 
 
 @pytest.mark.slow
