@@ -9,12 +9,11 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALLOWED = "float32, bfloat16, float16 or float64"
 
 
-def floating_tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
-    """``value`` if it is a floating-point tensor of this rank.
+def floating(name: str, value: object, shape: str = "of any shape") -> Tensor:
+    """``value`` if it is a strided floating-point tensor.
 
     Raises:
-        TypeError: not a tensor, or a dtype without a kernel.
-        ValueError: another rank, or an empty spatial or channel dimension.
+        TypeError: not a tensor, another layout, or a dtype without a kernel.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
@@ -22,6 +21,17 @@ def floating_tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
         raise TypeError(f"{name}: expected {_ALLOWED}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    return value
+
+
+def floating_tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
+    """``value`` if it is a floating-point tensor of this rank.
+
+    Raises:
+        TypeError: not a tensor, or a dtype without a kernel.
+        ValueError: another rank, or an empty spatial or channel dimension.
+    """
+    value = floating(name, value, shape)
     if value.dim() != rank:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
     if 0 in value.shape[1:]:

@@ -99,13 +99,16 @@ CAMKERNELS_INLINE uint64_t bits_of(typename F::Ints mask) {
 template <class F>
 CAMKERNELS_INLINE typename F::Ints lanes_of(uint64_t bits) {
   typedef typename F::Int Int;
-  typename F::Ints lane;
-  for (int i = 0; i < F::lanes; ++i) lane[i] = (Int)(1ull << (i % (8 * sizeof(Int))));
-  typename F::Ints spread = (Int)bits - typename F::Ints{};
-  if constexpr (F::lanes > 8 * (int)sizeof(Int)) {  // 32 lanes of 16 bits
-    for (int i = F::lanes / 2; i < F::lanes; ++i) spread[i] = (Int)(bits >> (8 * sizeof(Int)));
-  }
-  return (typename F::Ints)((spread & lane) != 0);
+  typedef typename F::Ints Ints;
+#if defined(CAMKERNELS_ISA_AVX512)
+  if constexpr (sizeof(Int) == 2) return (Ints)_mm512_movm_epi16((__mmask32)bits);
+  if constexpr (sizeof(Int) == 4) return (Ints)_mm512_movm_epi32((__mmask16)bits);
+  if constexpr (sizeof(Int) == 8) return (Ints)_mm512_movm_epi64((__mmask8)bits);
+#else
+  Ints lane;
+  for (int i = 0; i < F::lanes; ++i) lane[i] = (Int)(1 << i);
+  return (Ints)((((Int)bits - Ints{}) & lane) != 0);
+#endif
 }
 
 // Elements of one step: a word of the mask.
