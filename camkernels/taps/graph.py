@@ -1,0 +1,99 @@
+"""What autograd's graph between an image and the logits is made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+# Nodes that are a ReLU where the named attribute, the lower bound, is zero.
+_LOWER_BOUND = {
+    "HardtanhBackward0": "_saved_min_val",
+    "ThresholdBackward0": "_saved_threshold",
+    "ClampBackward1": "_saved_min",
+    "ClampMinBackward0": "_saved_min",
+}
+# Nodes that cannot be differentiated twice, and what to do about them.
+_FIRST_ORDER_ONLY = {
+    "CompiledFunctionBackward": "torch.compile cannot differentiate twice (AOT autograd has no "
+    "double backward): train the uncompiled model",
+    "CheckpointFunctionBackward": "a reentrant checkpoint cannot be differentiated with respect to "
+    "the input: pass use_reentrant=False to torch.utils.checkpoint",
+    "SyncBatchNormBackward": "torch.nn.SyncBatchNorm has no double backward: call "
+    "model = ck.swap_in(model), whose BatchNorm shares its statistics and has one",
+}
+
+
+@dataclass
+class Survey:
+    """The nodes on the way from the logits to the image."""
+
+    plain: Counter[str] = field(default_factory=Counter)
+    """ReLUs that do not know guided mode, by the name of their node."""
+    guided: int = 0
+    """ReLUs of camkernels."""
+    obstacle: str | None = None
+    """Why the way cannot be differentiated twice."""
+
+
+def survey(output: Tensor, leaf: Tensor) -> Survey | None:
+    """What lies between ``output`` and ``leaf``; None where no way leads there.
+
+    Two walks over the graph, about half a millisecond for a ResNet-50.
+    """
+    if output.grad_fn is None:
+        return None
+    with torch.inference_mode(False):
+        end = get_gradient_edge(leaf).node
+    users = _users(output.grad_fn)
+    if end not in users:
+        return None
+    between = {end}
+    pending = [end]
+    while pending:
+        for user in users.get(pending.pop(), ()):
+            if user not in between:
+                between.add(user)
+                pending.append(user)
+    found = Survey()
+    for node in between:
+        _classify(node, found)
+    return found
+
+
+def _users(root: Node) -> dict[Node, list[Node]]:
+    """Every node below ``root``, with the nodes that read what it stands for."""
+    users: dict[Node, list[Node]] = {}
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        for source, _ in node.next_functions:
+            if source is None:
+                continue
+            if source in users:
+                users[source].append(node)
+            else:
+                users[source] = [node]
+                pending.append(source)
+    return users
+
+
+def _classify(node: Any, found: Survey) -> None:
+    name = node.name()
+    forward = getattr(node, "_forward_cls", None)  # of autograd.Functions written in Python
+    if forward is not None and forward.__module__.startswith("camkernels."):
+        found.guided += name == "ReLUFunctionBackward" or bool(getattr(node, "relu", False))
+    elif name in _FIRST_ORDER_ONLY:
+        found.obstacle = _FIRST_ORDER_ONLY[name]
+    elif name.startswith("ReluBackward"):
+        found.plain[name] += 1
+    elif name in _LOWER_BOUND:
+        found.plain[name] += getattr(node, _LOWER_BOUND[name]) == 0
+
+
+def total(counted: Counter[str]) -> int:
+    return sum(counted.values())
