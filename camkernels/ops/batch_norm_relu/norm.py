@@ -129,7 +129,7 @@ def relaid(z: Tensor, channels_last: bool) -> Tensor:
 def check_count(z: Tensor, group: Any) -> None:
     if group is None and z.shape[0] * z.shape[2] * z.shape[3] == 1:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(z.shape)}"
+            f"Expected more than 1 value per channel when training, got input size {z.shape}"
         )
 
 
@@ -182,7 +182,8 @@ def first_order(
         sums = spec.run("bn_bwd_reduce", grad, *saved.arguments, spec.relu, guided)
     else:
         sums = saved.mean.new_zeros((2, saved.mean.shape[0]))
-    total = spec.total(sums)
+    # In evaluation mode nothing ties samples together: no sum may carry a NaN from one to another.
+    total = spec.total(sums) if spec.training else torch.zeros_like(sums)
     to_z, to_residual = spec.run(
         "bn_bwd", grad, *saved.arguments, total, inv_count, spec.relu, guided, scaled, addend,
         want_residual,
@@ -215,9 +216,10 @@ def second_order(
     h_sums = saved.mean.new_zeros((3, saved.mean.shape[0]))
     if spec.training or want_gamma:
         h_sums = spec.run("bn_bwd_bwd_reduce", h, grad_prime, saved.z, saved.mean, saved.rstd)
+    total = spec.total(h_sums) if spec.training else torch.zeros_like(h_sums)
     to_grad, to_z = spec.run(
-        "bn_bwd_bwd", h, h_residual, grad_prime, *saved.arguments, sums, spec.total(h_sums),
-        inv_count, c_gamma, c_beta, spec.relu, inplace,
+        "bn_bwd_bwd", h, h_residual, grad_prime, *saved.arguments, sums, total, inv_count,
+        c_gamma, c_beta, spec.relu, inplace,
     )  # fmt: skip
     constant = not spec.training and c_gamma is None  # evaluation mode is linear
     to_gamma = saved.rstd * h_sums[2] if want_gamma else None
