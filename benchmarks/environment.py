@@ -52,12 +52,16 @@ def slug(text: str) -> str:
 
 
 def host_kind(device: str) -> str:
-    """Folder of results that are comparable: ``cpu-<model>-<n>core`` or ``cuda-<GPU>``."""
-    if device == "cuda":
-        import torch
+    """Folder of results that are comparable: ``cpu-<model>-<n>core-<vectors>`` or ``cuda-<GPU>``.
 
+    Machines of one name may offer different vector instructions, and so run different kernels.
+    """
+    import torch
+
+    if device == "cuda":
         return "cuda-" + slug(torch.cuda.get_device_name())
-    return f"cpu-{slug(cpu_model())}-{cores()}core"
+    capability = slug(torch.backends.cpu.get_cpu_capability())
+    return f"cpu-{slug(cpu_model())}-{cores()}core-{capability}"
 
 
 def _cpu_module() -> dict[str, Any] | str:
