@@ -14,6 +14,8 @@ from camkernels.ops.cam import reference as _cam_reference
 from camkernels.ops.cam.op import cam_fwd
 from camkernels.ops.cam_statistics import reference as _cam_statistics_reference
 from camkernels.ops.cam_statistics.op import cam_statistics_fwd
+from camkernels.ops.gradient_error import reference as _error_reference
+from camkernels.ops.gradient_error.op import gradient_error_fwd
 from camkernels.ops.map_statistics import reference as _statistics_reference
 from camkernels.ops.map_statistics.op import map_statistics_fwd
 
@@ -44,6 +46,10 @@ class MapStatistics(NamedTuple):
     def live(self) -> Tensor:
         """(B,) bool: the map is not all zero."""
         return (self.mean != 0) | (self.variance != 0)
+
+
+GradientError = Literal["sigmoid", "centered_sigmoid", "cosine", "histogram", "histogram_paper"]
+"""Names of the errors of :func:`gradient_error`."""
 
 
 class _Checks:
@@ -314,3 +320,59 @@ def cam_statistics_and_total(
         _check_maps("maps", outputs[0], negative_is_invalid=not relu)
     maps, _, total, *statistics = outputs
     return MapStatistics(*statistics), maps, total.detach()
+
+
+def gradient_error(
+    gradients: Tensor, guided_gradients: Tensor, error: GradientError = "cosine"
+) -> Tensor:
+    """Error between an input gradient d and the guided gradient g, its teacher, per sample.
+
+        sigmoid            - sum g sigma(d)                                       (eq. 11)
+        centered_sigmoid   - sum g sigma(d - mean d)                              (eq. 12)
+        histogram          - sum min(|d| / |d|_1, |g| / |g|_1)
+        histogram_paper    - sum min(|d|, |g|) / (|d|_1 |g|_1)                    (eq. 13)
+        cosine             - <d, g> / (|d|_2 |g|_2)                               (eq. 14)
+
+    ``cosine`` and ``histogram`` lie in [-1, 1] and [-1, 0] and do not depend on the scale of
+    either side. The others do: d of a mean loss has a scale of 1/B, and ``histogram_paper``, the
+    histogram intersection as it is printed, rewards gradients for shrinking.
+
+    One pass over the two forward and one backward; ``centered_sigmoid`` and the histograms need a
+    pass more forward, for the mean or the norms. Read in any strides that both share, if each
+    sample is dense; otherwise a copy is made in the strides of the gradients, or contiguous.
+
+    Args:
+        gradients: d (B, ...), of any rank from 2; float32, bfloat16, float16, or float64 (CPU).
+            Make it with ``create_graph=True`` to train through it.
+        guided_gradients: g, of the shape of d; a constant.
+        error: one of the names above.
+
+    Returns:
+        errors (B,), float32 (float64 for float64), differentiable to any order in d. Where a norm
+        that is divided by is zero, the error is 0 and has no gradient. NaN or Inf in a sample
+        gives NaN or Inf in its error.
+
+    Raises:
+        TypeError: a dtype without a kernel, or float64 beside another. ValueError: an unknown
+        error, shapes or devices that disagree, or guided gradients that require grad.
+        BackendUnavailableError: the backend named by ``ck.backend`` cannot take the tensors.
+
+    Source: A Learning Paradigm for Interpretable Gradients, eqs. 11 to 14.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.gradient_error(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4), "histogram")
+        tensor([-1., -1.])
+    """
+    if error not in _error_reference.ERRORS:
+        allowed = ", ".join(_error_reference.ERRORS)
+        raise ValueError(f"error: unknown {error!r}, allowed are {allowed}")
+    d, g = _validate.gradient_pair(gradients, guided_gradients)
+    if torch.compiler.is_compiling():
+        errors: Tensor = gradient_error_fwd(d, g, error, backend="")[0]
+        return errors
+    chosen = backends.resolve(d.device, d.dtype)
+    if chosen == "reference":
+        return _error_reference.gradient_error_fwd(d, g, error)[0]
+    errors = gradient_error_fwd(d, g, error, backend=chosen)[0]
+    return errors

@@ -21,6 +21,7 @@ int g_level = kBaseline;
 
 // Rooms that bind themselves, in csrc/<op>/<op>_bindings.cpp.
 void define_relu(py::module_&);
+void define_gradient_error(py::module_&);
 void define_batch_norm_relu(py::module_&);
 
 namespace {
@@ -169,5 +170,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("map_statistics_fwd", &run_map_statistics_fwd, Release());
   module.def("map_statistics_bwd", &run_map_statistics_bwd, Release());
   define_relu(module);
+  define_gradient_error(module);
   define_batch_norm_relu(module);
 }

@@ -79,3 +79,26 @@ def activations_and_weights(activations: object, weights: object) -> tuple[Tenso
     same_device("weights", w, "activations", a)
     same_precision("weights", w, "activations", a)
     return a, w
+
+
+def gradient_pair(gradients: object, guided_gradients: object) -> tuple[Tensor, Tensor]:
+    """Check d (B, ...) with the guided gradients g of the same shape, a constant."""
+    d = floating("gradients", gradients, "(B, ...)")
+    if d.dim() < 2:
+        raise ValueError(f"gradients: expected shape (B, ...), got {tuple(d.shape)}")
+    if 0 in d.shape[1:]:
+        raise ValueError(f"gradients: only the batch may be empty, got shape {tuple(d.shape)}")
+    g = floating("guided_gradients", guided_gradients, "(B, ...)")
+    if g.shape != d.shape:
+        raise ValueError(
+            f"guided_gradients: expected the shape of gradients, {tuple(d.shape)}, "
+            f"got {tuple(g.shape)}"
+        )
+    if g.requires_grad:
+        raise ValueError(
+            "guided_gradients: expected a constant, got a tensor that requires grad; the guided "
+            "gradient is no derivative and has none: detach it"
+        )
+    same_device("guided_gradients", g, "gradients", d)
+    same_precision("guided_gradients", g, "gradients", d)
+    return d, g
