@@ -55,25 +55,32 @@ def check_backend(name: str) -> tuple[bool, str]:
     if reason is not None:
         return False, reason
     on_gpu = name == "triton" and not backends.triton_interpreted()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    generator = torch.Generator().manual_seed(0)
-    a = torch.rand(2, 5, 4, 3, generator=generator).to(device).requires_grad_()
-    g = torch.randn(2, 5, 4, 3, generator=generator).to(device).requires_grad_()
     found = []
     try:
         for chosen in (name, "reference"):
             with ck.backend(chosen):  # type: ignore[arg-type]
-                entropy = ck.cam_statistics(a, g).entropy
-            found.append((entropy, *torch.autograd.grad(entropy.sum(), (a, g))))
+                found.append(_probe(torch.device("cuda" if on_gpu else "cpu")))
     except Exception as error:  # whatever a broken toolchain throws is the answer
         return False, f"{type(error).__name__}: {error}"
     ours, reference = found
-    difference = max(
-        float((x - y).detach().abs().max()) for x, y in zip(ours, reference, strict=True)
-    )
+    difference = max(float((x - y).abs().max()) for x, y in zip(ours, reference, strict=True))
     if not difference <= _TOLERANCE:
         return False, f"runs, but differs from the reference by {difference:.2g}"
     return True, _how(name)
+
+
+def _probe(device: torch.device) -> list[torch.Tensor]:
+    """A map op and its gradients, and the second-order gradient of a network op."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(2, 5, 4, 3, generator=generator).to(device).requires_grad_()
+    g = torch.randn(2, 5, 4, 3, generator=generator).to(device).requires_grad_()
+    entropy = ck.cam_statistics(a, g).entropy
+    found = [entropy, *torch.autograd.grad(entropy.sum(), (a, g))]
+    w = (0.3 * torch.randn(4, 5, 3, 3, generator=generator)).to(device).requires_grad_()
+    output = ck.nn.functional.conv_bn_act(a, w, None, None, None, None, None, padding=1)
+    (delta,) = torch.autograd.grad(output.square().sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(delta.square().mean(), w)
+    return [tensor.detach() for tensor in (*found, output, delta, second)]
 
 
 def _how(name: str) -> str:
