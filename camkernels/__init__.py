@@ -11,10 +11,12 @@ from camkernels.functional import (
     cam_statistics,
     class_activation_map,
     grad_cam,
+    gradient_error,
     map_statistics,
     set_checks,
 )
 from camkernels.losses import CAMEntropyLoss, InterpretableGradientLoss
+from camkernels.modes import guided, no_weight_gradients
 from camkernels.nn.swap import swap_in, swap_out, swap_report
 from camkernels.taps.tap import TapError
 
@@ -35,8 +37,11 @@ __all__ = [
     "class_activation_map",
     "current_backend",
     "grad_cam",
+    "gradient_error",
+    "guided",
     "map_statistics",
     "nn",
+    "no_weight_gradients",
     "set_checks",
     "swap_in",
     "swap_out",
