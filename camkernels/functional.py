@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -368,11 +368,8 @@ def gradient_error(
         allowed = ", ".join(_error_reference.ERRORS)
         raise ValueError(f"error: unknown {error!r}, allowed are {allowed}")
     d, g = _validate.gradient_pair(gradients, guided_gradients)
-    if torch.compiler.is_compiling():
-        errors: Tensor = gradient_error_fwd(d, g, error, backend="")[0]
-        return errors
-    chosen = backends.resolve(d.device, d.dtype)
+    chosen = "" if torch.compiler.is_compiling() else backends.resolve(d.device, d.dtype)
     if chosen == "reference":
         return _error_reference.gradient_error_fwd(d, g, error)[0]
-    errors = gradient_error_fwd(d, g, error, backend=chosen)[0]
-    return errors
+    errors, _ = gradient_error_fwd(d, g, error, backend=chosen)
+    return cast(Tensor, errors)

@@ -23,6 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from camkernels.ops import _layout
+
 ERRORS = ("sigmoid", "centered_sigmoid", "cosine", "histogram", "histogram_paper")
 STATISTICS = 3
 """Numbers per sample that the forward hands to the backward:
@@ -120,10 +122,10 @@ def gradient_error_fwd(delta: Tensor, guided: Tensor, error: str) -> tuple[Tenso
 
 def _laid_out(rows: Tensor, delta: Tensor) -> Tensor:
     shaped = rows.reshape(delta.shape).to(delta.dtype)
-    if delta.dim() == 4 and not delta.is_contiguous():
-        if delta.is_contiguous(memory_format=torch.channels_last):
-            return shaped.contiguous(memory_format=torch.channels_last)
-    return shaped
+    if delta.dim() != 4 or delta.is_contiguous():
+        return shaped
+    channels_last = delta.is_contiguous(memory_format=torch.channels_last)
+    return shaped.contiguous(memory_format=_layout.memory_format(channels_last))
 
 
 def gradient_error_bwd(
