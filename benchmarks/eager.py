@@ -59,7 +59,7 @@ def gradient_error(gradients: Tensor, guided_gradients: Tensor, error: str) -> T
     a, b = gradients.flatten(1), guided_gradients.flatten(1)
     if error == "sigmoid":
         return -(b * a.sigmoid()).sum(1)
-    if error == "centred_sigmoid":
+    if error == "centered_sigmoid":
         return -(b * (a - a.mean(1, keepdim=True)).sigmoid()).sum(1)
     if error == "cosine":
         return -(a * b).sum(1) / (_norm(a, 2) * _norm(b, 2))

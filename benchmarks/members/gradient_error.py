@@ -12,7 +12,7 @@ from benchmarks import eager
 from benchmarks.harness import Benchmark, Case, Options, Side
 from benchmarks.members import _inputs, _layers
 
-ERRORS = ("sigmoid", "centred_sigmoid", "cosine", "histogram", "histogram_paper")
+ERRORS = ("sigmoid", "centered_sigmoid", "cosine", "histogram", "histogram_paper")
 IMAGES = (
     ((64, 3, 224, 224), "nchw"),
     ((64, 3, 224, 224), "channels_last"),
@@ -38,7 +38,8 @@ def _case(error: str, shape: _layers.Shape, layout: str, options: Options) -> Ca
             return (ck.gradient_error(values, guided, error),)
 
         def careful(values: Tensor) -> Sequence[Tensor]:
-            return (eager.gradient_error(values.float(), guided.float(), error),)
+            wide = values.float() if values.itemsize < 4 else values
+            return (eager.gradient_error(wide, guided.to(wide.dtype), error),)
 
         return _inputs.op_sides(ours, careful, lambda: (gradients,))()
 

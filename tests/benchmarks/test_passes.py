@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import camkernels as ck
 from benchmarks import loops, passes
 from camkernels.ops import _chain
+from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.relu import op as relu_op
 
 B, C = 5, 4
@@ -92,11 +93,12 @@ def test_kernels_are_counted_once(backend: str) -> None:
         v = relu_op.ReLUFunction.apply(u, False, "mask", backend)
         torch.autograd.grad(v, u, g)
 
+    before = _chain.implementation
     found = traffic(step)
+    assert _chain.implementation is norm.implementation is before  # put back
     assert found.operators[passes.NORM, "relu_fwd"] == 2 * ONE + mask
     assert found.operators[passes.NORM, "relu_bwd"] == 2 * ONE + mask
     assert found.bytes.total() == 4 * ONE + 2 * mask
-    assert relu_op.implementation is _chain.implementation  # put back
 
 
 def test_a_batch_that_cannot_be_told_from_channels_is_refused() -> None:
