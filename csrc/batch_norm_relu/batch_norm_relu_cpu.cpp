@@ -45,9 +45,9 @@ struct Forward {
   }
 };
 
-template <class A, class T>
+template <class A, class T, Gate kGate>
 struct BackwardSums {
-  static constexpr int kValues = kOwn, kSums = 2;
+  static constexpr int kValues = kOwn, kSums = 2, kBytes = sizeof(T);
   const BatchNorm& args;
 
   void values(int64_t c, A* values) const { first_values<A>(args, c, values); }
@@ -58,7 +58,7 @@ struct BackwardSums {
     const int64_t offset = row * args.row_length() + i;
     const Vec<A> d = read<A>(kind, of<T>(args.z, offset), count) - values.get(kMean, i);
     Vec<A> g = read<A>(kind, of<T>(args.grad, offset), count);
-    g = gated<A>(args, mask_of(args, row), args.guided, values, g, d, i, count);
+    g = gated<A, kGate>(mask_of(args, row), args.guided, values, g, d, i, count);
     sums[0] += g;
     sums[1] += g * d;
   }
@@ -69,7 +69,7 @@ struct BackwardSums {
   }
 };
 
-template <class A, class T>
+template <class A, class T, Gate kGate>
 struct Backward {
   enum { kLevel = kOwn, kSlope, kFactor, kValues };
   const BatchNorm& args;
@@ -90,11 +90,11 @@ struct Backward {
     const T* addend = of<T>(args.addend, offset);
     T *out = of<T>(args.out, offset), *to_residual = of<T>(args.second_out, offset);
     const uint8_t* mask = mask_of(args, s.row);
-    const bool streaming = args.streaming, scaled = args.scaled;
+    const bool streaming = args.streaming, scaled = args.scaled, guided = args.guided;
     each_vector<A>(s.length, [&](auto kind, int64_t i, int64_t count) {
       const Vec<A> d = read<A>(kind, z + i, count) - values.get(kMean, i);
       Vec<A> g = read<A>(kind, grad + i, count);
-      g = gated<A>(args, mask, args.guided, values, g, d, s.begin + i, count);
+      g = gated<A, kGate>(mask, guided, values, g, d, s.begin + i, count);
       if (to_residual != nullptr) write<A>(kind, to_residual + i, g, count, streaming);
       g -= values.get(kLevel, i) + values.get(kSlope, i) * d;
       if (scaled) g *= values.get(kFactor, i);
@@ -106,7 +106,7 @@ struct Backward {
 
 template <class A, class T>
 struct SecondSums {
-  static constexpr int kValues = 1, kSums = 3;
+  static constexpr int kValues = 1, kSums = 3, kBytes = sizeof(T);
   const BatchNorm& args;
 
   void values(int64_t c, A* values) const { values[kMean] = (A)at_channel<A>(args.mean, c, 0); }
@@ -127,7 +127,7 @@ struct SecondSums {
   }
 };
 
-template <class A, class T>
+template <class A, class T, Gate kGate>
 struct Second {
   enum { kLevel = kOwn, kSlope, kConstant, kLinear, kToPrime, kOfPrime, kOfZ, kValues };
   const BatchNorm& args;
@@ -169,7 +169,7 @@ struct Second {
       Vec<A> first = values.get(kScale, i) * h;
       if (to_residual != nullptr) first += read<A>(kind, to_residual + i, count);
       if (extra) first += values.get(kLinear, i) * d + values.get(kConstant, i);
-      first = gated<A>(args, mask, false, values, first, d, s.begin + i, count);
+      first = gated<A, kGate>(mask, false, values, first, d, s.begin + i, count);
       const Vec<A> second =
           values.get(kToPrime, i) * h + values.get(kOfPrime, i) * g + values.get(kOfZ, i) * d;
       write<A>(kind, to_grad + i, first, count, streaming && to_grad != grad_grad);
@@ -178,30 +178,39 @@ struct Second {
   }
 };
 
-void bn_fwd(const BatchNorm& args) {
-  if (args.dtype == kFloat64) return map_rows<double>(Forward<double, double>{args});
-  CAMKERNELS_SWITCH(float, args.dtype, (map_rows<float>(Forward<float, T>{args})));
-}
+// Runs `statement` with T and A for the dtype.
+#define FOR_DTYPE(...)                            \
+  if (args.dtype == kFloat64) {                   \
+    typedef double A;                             \
+    CAMKERNELS_SWITCH(A, args.dtype, __VA_ARGS__) \
+  } else {                                        \
+    typedef float A;                              \
+    CAMKERNELS_SWITCH(A, args.dtype, __VA_ARGS__) \
+  }
 
-void bn_bwd_reduce(const BatchNorm& args) {
-  if (args.dtype == kFloat64) return reduce_rows<double>(BackwardSums<double, double>{args});
-  CAMKERNELS_SWITCH(float, args.dtype, (reduce_rows<float>(BackwardSums<float, T>{args})));
-}
+#define FOR_GATE(walk, Kernel)                  \
+  switch (gate_of(args)) {                      \
+    case kNoRelu:                               \
+      walk<A>(Kernel<A, T, kNoRelu>{args});     \
+      break;                                    \
+    case kRecomputed:                           \
+      walk<A>(Kernel<A, T, kRecomputed>{args}); \
+      break;                                    \
+    case kMasked:                               \
+      walk<A>(Kernel<A, T, kMasked>{args});     \
+  }
 
-void bn_bwd(const BatchNorm& args) {
-  if (args.dtype == kFloat64) return map_rows<double>(Backward<double, double>{args});
-  CAMKERNELS_SWITCH(float, args.dtype, (map_rows<float>(Backward<float, T>{args})));
-}
+void bn_fwd(const BatchNorm& args) { FOR_DTYPE((map_rows<A>(Forward<A, T>{args}))) }
+
+void bn_bwd_reduce(const BatchNorm& args) { FOR_DTYPE(FOR_GATE(reduce_rows, BackwardSums)) }
+
+void bn_bwd(const BatchNorm& args) { FOR_DTYPE(FOR_GATE(map_rows, Backward)) }
 
 void bn_bwd_bwd_reduce(const BatchNorm& args) {
-  if (args.dtype == kFloat64) return reduce_rows<double>(SecondSums<double, double>{args});
-  CAMKERNELS_SWITCH(float, args.dtype, (reduce_rows<float>(SecondSums<float, T>{args})));
+  FOR_DTYPE((reduce_rows<A>(SecondSums<A, T>{args})))
 }
 
-void bn_bwd_bwd(const BatchNorm& args) {
-  if (args.dtype == kFloat64) return map_rows<double>(Second<double, double>{args});
-  CAMKERNELS_SWITCH(float, args.dtype, (map_rows<float>(Second<float, T>{args})));
-}
+void bn_bwd_bwd(const BatchNorm& args) { FOR_DTYPE(FOR_GATE(map_rows, Second)) }
 
 }  // namespace CAMKERNELS_ISA
 }  // namespace camkernels

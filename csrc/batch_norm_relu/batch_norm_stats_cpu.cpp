@@ -1,122 +1,151 @@
-// Mean and sum of squared deviations per channel. Each task passes twice over what is in the cache
-// by then: the mean first, then deviations from it, so that a large mean costs no digits.
+// Mean and sum of squared deviations per channel, in one pass over memory. A task sums deviations
+// from a guess, the mean of its first values. Where that guess was so far off that the squares
+// cancel (or nothing is finite), it passes once more over its values, which the cache still holds.
 #include "batch_norm_relu/rows.h"
-#include "common/parallel.h"
 
 namespace camkernels {
 namespace CAMKERNELS_ISA {
 
-// Mean and squares of one task, corrected for the rounding of the mean itself (error = the sum of
-// the deviations from it). An infinite mean stays.
-template <class A>
-static CAMKERNELS_INLINE void correct(A error, int64_t count, A* mean, A* squares) {
-  const A moved = error / (A)count;
-  *squares -= error * moved;
-  if (moved == moved) *mean += moved;
+// What a task leaves in scratch. Kept apart from the guess, its error does not round a mean that is
+// large against the deviations.
+enum { kGuess, kError, kSquare, kParts };
+
+// Whether deviations with the sums `error` and `square` over `count` values kept the digits of the
+// squares; not where they are NaN. V is one value or a vector of channels.
+template <class V, class A>
+static CAMKERNELS_INLINE auto kept(V error, V square, A count) {
+  return square <= 16 * (square - error * (error / count));
 }
 
 template <class A, class T>
-static void stretch_statistics(const BatchNorm& args, int64_t task, A* partial) {
+static A mean_of(const T* z, int64_t length) {
+  Vec<A> sum = {};
+  each_vector<A>(length,
+                 [&](auto kind, int64_t i, int64_t count) { sum += read<A>(kind, z + i, count); });
+  return sum_lanes<A>(sum) / (A)length;
+}
+
+// Deviations of a stretch of a plane from parts[kGuess].
+template <class A, class T>
+static CAMKERNELS_INLINE void deviate(const T* z, int64_t length, A* parts) {
   constexpr int N = Lanes<A>::count;
-  const Stretch s = stretch_of(args, task);
-  const T* z = static_cast<const T*>(args.z) + s.row * args.pixels + s.begin;
-  const int64_t whole = s.length / (4 * N) * 4 * N;
-  Vec<A> sums[4] = {}, errors[4] = {}, squares[4] = {};
-  for (int64_t i = 0; i < whole; i += 4 * N) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[j] += load<A>(z + i + j * N);
-  }
-  each_vector<A>(s.length - whole, [&](auto kind, int64_t i, int64_t count) {
-    sums[0] += read<A>(kind, z + whole + i, count);
-  });
-  A mean = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) / (A)s.length;
-  const auto deviate = [&](Vec<A> d, int j) {
+  const Vec<A> guess = splat(parts[kGuess]);
+  Vec<A> errors[4] = {}, squares[4] = {};
+  const auto add = [&](Vec<A> d, int j) {
     errors[j] += d;
     squares[j] += d * d;
   };
+  const int64_t whole = length / (4 * N) * 4 * N;
   for (int64_t i = 0; i < whole; i += 4 * N) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) deviate(load<A>(z + i + j * N) - mean, j);
+    for (int j = 0; j < 4; ++j) add(load<A>(z + i + j * N) - guess, j);
   }
-  each_vector<A>(s.length - whole, [&](auto kind, int64_t i, int64_t count) {
-    const Vec<A> d = read<A>(kind, z + whole + i, count) - mean;
-    deviate(lane_index<A>() < splat((A)count) ? d : Vec<A>{}, 0);
+  each_vector<A>(length - whole, [&](auto kind, int64_t i, int64_t count) {
+    const Vec<A> d = read<A>(kind, z + whole + i, count) - guess;
+    add(lane_index<A>() < splat((A)count) ? d : Vec<A>{}, 0);
   });
-  const A error = sum_lanes<A>((errors[0] + errors[1]) + (errors[2] + errors[3]));
-  A square = sum_lanes<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  correct(error, s.length, &mean, &square);
-  partial[0] = mean;
-  partial[1] = square;
+  parts[kError] = sum_lanes<A>((errors[0] + errors[1]) + (errors[2] + errors[3]));
+  parts[kSquare] = sum_lanes<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
-// add(i, kind, count, v) for each vector of channels, v the kRows vectors of neighbouring pixels.
-template <int kRows, class A, class T, class Add>
-static CAMKERNELS_INLINE void add_pixels(const T* z, int64_t channels, const Add& add) {
-  each_vector<A>(channels, [&](auto kind, int64_t i, int64_t count) {
-    Vec<A> v[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) v[r] = read<A>(kind, z + r * channels + i, count);
-    add(i, v);
-  });
-}
-
-// The three passes' worth of sums of one block of pixels; `errors` is (padded) scratch.
 template <class A, class T>
-static void pixel_statistics(const BatchNorm& args, int64_t task, A* means, A* squares, A* errors) {
-  const int64_t channels = args.channels, begin = task * args.block, left = args.rows() - begin;
-  const int64_t count = left < args.block ? left : args.block;
-  const T* z = static_cast<const T*>(args.z) + begin * channels;
-  for (int64_t c = 0; c < args.padded(); ++c) means[c] = squares[c] = errors[c] = 0;
-  const auto add_mean = [&](int64_t i, auto& v) {
-    Vec<A> sum = v[0];
-    constexpr int kRows = sizeof(v) / sizeof(v[0]);
-#pragma GCC unroll 8
-    for (int r = 1; r < kRows; ++r) sum += v[r];
-    store<A>(means + i, load<A>(means + i) + sum);
-  };
-  const auto add_square = [&](int64_t i, auto& v) {
-    const Vec<A> mean = load<A>(means + i);
-    Vec<A> error = {}, square = {};
-    constexpr int kRows = sizeof(v) / sizeof(v[0]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<A> d = v[r] - mean;
-      error += d;
-      square += d * d;
-    }
-    store<A>(errors + i, load<A>(errors + i) + error);
-    store<A>(squares + i, load<A>(squares + i) + square);
-  };
-  const auto pass = [&](const auto& add) {
-    int64_t row = 0;
-    for (; row + 8 <= count; row += 8) add_pixels<8, A>(z + row * channels, channels, add);
-    for (; row < count; ++row) add_pixels<1, A>(z + row * channels, channels, add);
-  };
-  pass(add_mean);
-  for (int64_t c = 0; c < channels; ++c) means[c] /= (A)count;
-  pass(add_square);
-  for (int64_t c = 0; c < channels; ++c) correct(errors[c], count, means + c, squares + c);
+static void stretch_statistics(const BatchNorm& args, int64_t task, A* parts) {
+  constexpr int64_t kFirst = 4 * Lanes<A>::count;
+  const Stretch s = stretch_of(args, task);
+  const T* z = static_cast<const T*>(args.z) + s.row * args.pixels + s.begin;
+  parts[kGuess] = mean_of<A>(z, s.length < kFirst ? s.length : kFirst);
+  deviate(z, s.length, parts);
+  if (kept(parts[kError], parts[kSquare], (A)s.length)) return;
+  parts[kGuess] = mean_of<A>(z, s.length);
+  deviate(z, s.length, parts);
 }
 
-// The mean of all tasks' means, and their squares about it (Chan, Golub, LeVeque), for kCount
-// neighbouring channels; part(t, j, &count, &mean, &squares).
-template <class A, int kCount, class Part>
-static CAMKERNELS_INLINE void merge(const BatchNorm& args, int64_t c, int64_t parts,
-                                    const Part& part) {
+template <class A>
+struct ChannelParts {
+  A* base;
+  int64_t stride;
+  CAMKERNELS_INLINE A* at(int part, int64_t c) const { return base + part * stride + c; }
+};
+
+// Deviations of one vector of channels over `count` pixels from the mean of them all.
+template <class A, class T, class Kind>
+static void repeat_channels(Kind kind, const T* z, int64_t stride, int64_t count, int64_t lanes,
+                            const ChannelParts<A>& parts, int64_t c) {
+  Vec<A> sum = {}, error = {}, square = {};
+  for (int64_t row = 0; row < count; ++row) sum += read<A>(kind, z + row * stride + c, lanes);
+  const Vec<A> guess = sum / (A)count;
+  for (int64_t row = 0; row < count; ++row) {
+    const Vec<A> d = read<A>(kind, z + row * stride + c, lanes) - guess;
+    error += d;
+    square += d * d;
+  }
+  store<A>(parts.at(kGuess, c), guess);
+  store<A>(parts.at(kError, c), error);
+  store<A>(parts.at(kSquare, c), square);
+}
+
+// One block of pixels.
+template <class A, class T>
+static void pixel_statistics(const BatchNorm& args, int64_t task, const ChannelParts<A>& parts) {
+  const int64_t channels = args.channels, begin = task * args.block, left = args.rows() - begin;
+  const int64_t count = left < args.block ? left : args.block, first = count < 8 ? count : 8;
+  const T* z = static_cast<const T*>(args.z) + begin * channels;
+  each_vector<A>(channels, [&](auto kind, int64_t c, int64_t lanes) {
+    Vec<A> sum = {};
+    for (int64_t row = 0; row < first; ++row) sum += read<A>(kind, z + row * channels + c, lanes);
+    store<A>(parts.at(kGuess, c), sum / (A)first);
+    store<A>(parts.at(kError, c), Vec<A>{});
+    store<A>(parts.at(kSquare, c), Vec<A>{});
+  });
+  const auto add = [&](auto rows, int64_t row) {
+    each_vector<A>(channels, [&](auto kind, int64_t c, int64_t lanes) {
+      const Vec<A> guess = load<A>(parts.at(kGuess, c));
+      Vec<A> error = load<A>(parts.at(kError, c)), square = load<A>(parts.at(kSquare, c));
+#pragma GCC unroll 4
+      for (int r = 0; r < decltype(rows)::value; ++r) {
+        const Vec<A> d = read<A>(kind, z + (row + r) * channels + c, lanes) - guess;
+        error += d;
+        square += d * d;
+      }
+      store<A>(parts.at(kError, c), error);
+      store<A>(parts.at(kSquare, c), square);
+    });
+  };
+  int64_t row = 0;
+  if (channels * (int64_t)sizeof(T) <= kShortRow) {
+    for (; row + 4 <= count; row += 4) add(Rows<4>{}, row);
+  }
+  for (; row < count; ++row) add(Rows<1>{}, row);
+  each_vector<A>(channels, [&](auto kind, int64_t c, int64_t lanes) {
+    const Vec<A> error = load<A>(parts.at(kError, c)), square = load<A>(parts.at(kSquare, c));
+    if (bits_of<A>(~kept(error, square, (A)count)) != 0) {
+      repeat_channels<A>(kind, z, channels, count, lanes, parts, c);
+    }
+  });
+}
+
+// Mean over all tasks, and the squares about it (Chan, Golub, LeVeque), of kCount neighbouring
+// channels from channel c on. Parts: count(task), and at(part, task), kCount neighbouring values.
+template <class A, int kCount, class Parts>
+static CAMKERNELS_INLINE void merge(const BatchNorm& args, int64_t c, int64_t tasks,
+                                    const Parts& parts) {
   double total = 0, mean[kCount] = {}, squares[kCount] = {};
-  for (int64_t t = 0; t < parts; ++t) {
-    const double count = (double)part.count(t);
-    const A* means = part.means(t);
+  const auto own_mean = [&](int64_t t, int j) {
+    const double guess = (double)parts.at(kGuess, t)[j], error = (double)parts.at(kError, t)[j];
+    return error == error ? guess + error / (double)parts.count(t) : guess;  // Inf stays
+  };
+  for (int64_t t = 0; t < tasks; ++t) {
+    const double count = (double)parts.count(t);
     total += count;
-    for (int j = 0; j < kCount; ++j) mean[j] += count * (double)means[j];
+    for (int j = 0; j < kCount; ++j) mean[j] += count * own_mean(t, j);
   }
   for (int j = 0; j < kCount; ++j) mean[j] = total == 0 ? 0 : mean[j] / total;
-  for (int64_t t = 0; t < parts; ++t) {
-    const double count = (double)part.count(t);
-    const A *means = part.means(t), *own = part.squares(t);
+  for (int64_t t = 0; t < tasks; ++t) {
+    const double count = (double)parts.count(t);
     for (int j = 0; j < kCount; ++j) {
-      const double apart = (double)means[j] - mean[j];
-      squares[j] += (double)own[j] + count * apart * apart;
+      const double error = (double)parts.at(kError, t)[j], apart = own_mean(t, j) - mean[j];
+      const double own = (double)parts.at(kSquare, t)[j] - error * (error / count);
+      squares[j] += (own < 0 ? 0 : own) + count * apart * apart;
     }
   }
   A* results = static_cast<A*>(args.results);
@@ -126,32 +155,32 @@ static CAMKERNELS_INLINE void merge(const BatchNorm& args, int64_t c, int64_t pa
   }
 }
 
-// Means and squares as the tasks left them in scratch.
+// The parts of 16 channels of channels_last z.
 template <class A>
-struct PixelParts {
+struct PixelTasks {
   const BatchNorm& args;
-  const A* partial;
+  const A* scratch;
   int64_t c;
   int64_t count(int64_t t) const {
     const int64_t left = args.rows() - t * args.block;
     return left < args.block ? left : args.block;
   }
-  const A* means(int64_t t) const { return partial + t * 2 * args.padded() + c; }
-  const A* squares(int64_t t) const { return means(t) + args.padded(); }
+  const A* at(int part, int64_t t) const {
+    return scratch + (t * kParts + part) * args.padded() + c;
+  }
 };
 
+// The parts of one channel of contiguous z.
 template <class A>
-struct PlaneParts {
+struct PlaneTasks {
   const BatchNorm& args;
-  const A* partial;
+  const A* scratch;
   int64_t c;
-  int64_t task(int64_t t) const {
-    const int64_t each = args.stretches();
-    return (t / each * args.channels + c) * each + t % each;
-  }
   int64_t count(int64_t t) const { return stretch_of(args, t % args.stretches()).length; }
-  const A* means(int64_t t) const { return partial + 2 * task(t); }
-  const A* squares(int64_t t) const { return means(t) + 1; }
+  const A* at(int part, int64_t t) const {
+    const int64_t each = args.stretches();
+    return scratch + ((t / each * args.channels + c) * each + t % each) * kParts + part;
+  }
 };
 
 template <class A, class T>
@@ -161,25 +190,22 @@ static void statistics(const BatchNorm& args) {
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
   {
     if (args.channels_last) {
-      A* partial = scratch + args.threads * padded;
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tasks; ++task) {
-        A* means = partial + task * 2 * padded;
-        pixel_statistics<A, T>(args, task, means, means + padded,
-                               scratch + thread_index() * padded);
+        pixel_statistics<A, T>(args, task, {scratch + task * kParts * padded, padded});
       }
 #pragma omp for schedule(static) nowait
       for (int64_t c = 0; c < padded; c += 16) {
-        merge<A, 16>(args, c, tasks, PixelParts<A>{args, partial, c});
+        merge<A, 16>(args, c, tasks, PixelTasks<A>{args, scratch, c});
       }
     } else {
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tasks; ++task) {
-        stretch_statistics<A, T>(args, task, scratch + 2 * task);
+        stretch_statistics<A, T>(args, task, scratch + task * kParts);
       }
 #pragma omp for schedule(static) nowait
       for (int64_t c = 0; c < args.channels; ++c) {
-        merge<A, 1>(args, c, args.batch * args.stretches(), PlaneParts<A>{args, scratch, c});
+        merge<A, 1>(args, c, args.batch * args.stretches(), PlaneTasks<A>{args, scratch, c});
       }
     }
   }

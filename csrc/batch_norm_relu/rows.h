@@ -1,120 +1,11 @@
-// What the kernels share: vectors with bit masks, values per channel, and the walk over the rows.
+// What the kernels share: values per channel, the gate of the ReLU, and the walk over the rows.
 #pragma once
 
 #include "batch_norm_relu/batch_norm_relu.h"
-#include "common/vec.h"
+#include "batch_norm_relu/lanes.h"
 
 namespace camkernels {
 namespace CAMKERNELS_ISA {
-
-// a b + c with one rounding where the machine has it; the compiler is not left to choose, because
-// the sign of the result decides about gradients and must be the same in every kernel.
-template <class A>
-CAMKERNELS_INLINE Vec<A> fused(Vec<A> a, Vec<A> b, Vec<A> c) {
-#if defined(CAMKERNELS_ISA_AVX512)
-  if constexpr (sizeof(A) == 4) {
-    return (Vec<A>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-  } else {
-    return (Vec<A>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-  }
-#elif defined(CAMKERNELS_ISA_AVX2)
-  if constexpr (sizeof(A) == 4) {
-    return (Vec<A>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-  } else {
-    return (Vec<A>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-  }
-#else
-  return a * b + c;
-#endif
-}
-
-// --- bits of a mask -----------------------------------------------------------------------------
-
-// Bit i from lane i.
-template <class A>
-CAMKERNELS_INLINE uint32_t bits_of(Mask<A> lanes) {
-#if defined(CAMKERNELS_ISA_AVX512)
-  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)lanes);
-  if constexpr (sizeof(A) == 8) return _mm512_movepi64_mask((__m512i)lanes);
-#elif defined(CAMKERNELS_ISA_AVX2)
-  if constexpr (sizeof(A) == 4) return (uint32_t)_mm256_movemask_ps((__m256)lanes);
-  if constexpr (sizeof(A) == 8) return (uint32_t)_mm256_movemask_pd((__m256d)lanes);
-#elif defined(__SSE2__)
-  if constexpr (sizeof(A) == 4) return (uint32_t)_mm_movemask_ps((__m128)lanes);
-  if constexpr (sizeof(A) == 8) return (uint32_t)_mm_movemask_pd((__m128d)lanes);
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < Lanes<A>::count; ++i) bits |= (uint32_t)(lanes[i] & 1) << i;
-  return bits;
-#endif
-}
-
-// Lane i from bit i.
-template <class A>
-CAMKERNELS_INLINE Mask<A> lanes_of(uint32_t bits) {
-  Mask<A> lane;
-  for (int i = 0; i < Lanes<A>::count; ++i) lane[i] = 1 << i;
-  return ((Mask<A>{} + (int)bits) & lane) != 0;
-}
-
-// The bits of `count` elements from element i on, a multiple of the lanes; whole bytes are kept,
-// so that vectors of fewer than 8 lanes share one.
-template <class A>
-CAMKERNELS_INLINE uint32_t load_bits(const uint8_t* row, int64_t i, int64_t count) {
-  constexpr int N = Lanes<A>::count;
-  const uint32_t byte = row[i / 8];
-  if constexpr (N < 8) return byte >> (i % 8);
-  if constexpr (N > 8) return count > 8 ? byte | (uint32_t)row[i / 8 + 1] << 8 : byte;
-  return byte;
-}
-
-template <class A>
-CAMKERNELS_INLINE void store_bits(uint8_t* row, int64_t i, int64_t count, uint32_t bits) {
-  constexpr int N = Lanes<A>::count;
-  bits &= (1u << count) - 1;  // what pads a row is zero
-  if constexpr (N < 8) {
-    const uint32_t before = i % 8 == 0 ? 0 : row[i / 8];
-    row[i / 8] = (uint8_t)(before | bits << (i % 8));
-  } else {
-    row[i / 8] = (uint8_t)bits;
-    if (N > 8 && count > 8) row[i / 8 + 1] = (uint8_t)(bits >> 8);
-  }
-}
-
-// --- whole vectors and the rest of a row --------------------------------------------------------
-
-struct Whole {
-  static constexpr bool value = true;
-};
-struct Part {
-  static constexpr bool value = false;
-};
-
-template <class A, class Kind, class T>
-CAMKERNELS_INLINE Vec<A> read(Kind, const T* source, int64_t count) {
-  if constexpr (Kind::value) return load<A>(source);
-  return load_partial<A>(source, count);
-}
-
-template <class A, class Kind, class T>
-CAMKERNELS_INLINE void write(Kind, T* target, Vec<A> value, int64_t count, bool streaming) {
-  if constexpr (!Kind::value) {
-    store_partial<A>(target, value, count);
-  } else if (streaming) {
-    stream<A>(target, value);
-  } else {
-    store<A>(target, value);
-  }
-}
-
-// body(kind, i, count) for the vectors of [0, length).
-template <class A, class Body>
-CAMKERNELS_INLINE void each_vector(int64_t length, const Body& body) {
-  constexpr int N = Lanes<A>::count;
-  int64_t i = 0;
-  for (; i + N <= length; i += N) body(Whole{}, i, (int64_t)N);
-  if (i < length) body(Part{}, i, length - i);
-}
 
 // --- values per channel -------------------------------------------------------------------------
 
@@ -137,6 +28,12 @@ struct PixelValues {
 
 // The first values of every kernel but bn_stats.
 enum { kMean, kScale, kShift, kOwn };
+
+// NaN of any payload becomes the one that narrow_fast() keeps.
+template <class A>
+CAMKERNELS_INLINE A plain_nan(A value) {
+  return value == value ? value : (A)__builtin_nan("");
+}
 
 template <class A>
 CAMKERNELS_INLINE double at_channel(const void* values, int64_t c, double absent) {
@@ -162,13 +59,23 @@ CAMKERNELS_INLINE Vec<A> affine(const Values& values, Vec<A> d, int64_t i) {
   return fused<A>(d, values.get(kScale, i), values.get(kShift, i));
 }
 
+// Where 1[u > 0] comes from. A template parameter of the kernels: tests of it inside the loops cost
+// a third of their speed in bfloat16.
+enum Gate { kNoRelu, kRecomputed, kMasked };
+
+static inline Gate gate_of(const BatchNorm& args) {
+  return !args.relu ? kNoRelu : args.mask == nullptr ? kRecomputed : kMasked;
+}
+
 // 1[u > 0] g of `count` elements from element i of a row on. NaN counts as positive.
-template <class A, class Values>
-CAMKERNELS_INLINE Vec<A> gated(const BatchNorm& args, const uint8_t* mask, bool guided,
-                               const Values& values, Vec<A> g, Vec<A> d, int64_t i, int64_t count) {
-  if (!args.relu) return g;
+template <class A, Gate kGate, class Values>
+CAMKERNELS_INLINE Vec<A> gated(const uint8_t* mask, bool guided, const Values& values, Vec<A> g,
+                               Vec<A> d, int64_t i, int64_t count) {
+  if constexpr (kGate == kNoRelu) return g;
   if (guided) g = g < 0 ? Vec<A>{} : g;
-  if (mask != nullptr) return lanes_of<A>(load_bits<A>(mask, i, count)) ? g : Vec<A>{};
+  if constexpr (kGate == kMasked) {
+    return lanes_of<A>(load_bits<A>(mask, i, count)) ? g : Vec<A>{};
+  }
   return affine<A>(values, d, i) <= 0 ? Vec<A>{} : g;
 }
 
@@ -193,7 +100,7 @@ static void spread_values(const Kernel& kernel, A* scratch) {
   for (int64_t c = 0; c < padded; ++c) {
     A values[Kernel::kValues] = {};
     if (c < channels) kernel.values(c, values);
-    for (int k = 0; k < Kernel::kValues; ++k) scratch[k * padded + c] = values[k];
+    for (int k = 0; k < Kernel::kValues; ++k) scratch[k * padded + c] = plain_nan(values[k]);
   }
 }
 
@@ -202,7 +109,7 @@ CAMKERNELS_INLINE PlaneValues<A, Kernel::kValues> plane_values(const Kernel& ker
   A scalars[Kernel::kValues];
   kernel.values(row % kernel.args.channels, scalars);
   PlaneValues<A, Kernel::kValues> values;
-  for (int k = 0; k < Kernel::kValues; ++k) values.values[k] = splat(scalars[k]);
+  for (int k = 0; k < Kernel::kValues; ++k) values.values[k] = splat(plain_nan(scalars[k]));
   return values;
 }
 
@@ -258,6 +165,16 @@ static void sum_stretch(const Kernel& kernel, int64_t task, A* partial) {
   for (int k = 0; k < K; ++k) partial[k] = sum_lanes<A>(even[k] + odd[k]);
 }
 
+// Bytes of a pixel up to which four are read side by side; longer ones are read one by one, in the
+// order of memory, which prefetching follows.
+constexpr int64_t kShortRow = 256;
+
+// Pixels that are read side by side.
+template <int kCount>
+struct Rows {
+  static constexpr int value = kCount;
+};
+
 // Kernel::add over `kRows` pixels, vector by vector of channels.
 template <int kRows, class A, class Kernel>
 CAMKERNELS_INLINE void add_pixels(const Kernel& kernel, const PixelValues<A>& values, int64_t row,
@@ -281,7 +198,9 @@ static void sum_pixels(const Kernel& kernel, int64_t task, const PixelValues<A>&
   const int64_t end = begin + args.block < rows ? begin + args.block : rows;
   for (int64_t i = 0; i < Kernel::kSums * values.stride; ++i) partial[i] = 0;
   int64_t row = begin;
-  for (; row + 4 <= end; row += 4) add_pixels<4>(kernel, values, row, partial);
+  if (args.channels * Kernel::kBytes <= kShortRow) {
+    for (; row + 4 <= end; row += 4) add_pixels<4>(kernel, values, row, partial);
+  }
   for (; row < end; ++row) add_pixels<1>(kernel, values, row, partial);
 }
 

@@ -16,12 +16,13 @@ TENSORS = (
     "second_out", "out_mask", "results", "scratch",
 )  # fmt: skip
 
-# Pixels of a plane per task: what the second pass of bn_stats finds in the first-level cache.
+# Pixels of a plane per task: what a second pass of bn_stats, where one is needed, finds in the
+# first-level cache.
 _STRETCH = 4096
-# Bytes per task in channels_last: bn_stats passes twice over them, from the second-level cache.
-_BLOCK_BYTES, _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 16, 16, 1024
-# Sums per task, and values per channel, of each kernel (kSums and kValues in csrc).
-_SUMS = {"bn_stats": 2, "bn_bwd_reduce": 2, "bn_bwd_bwd_reduce": 3}
+# Bytes per task in channels_last, likewise for the second-level cache.
+_BLOCK_BYTES, _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 17, 16, 1024
+# Sums per task, and values per channel, of each kernel (kSums, kParts and kValues in csrc).
+_SUMS = {"bn_stats": 3, "bn_bwd_reduce": 2, "bn_bwd_bwd_reduce": 3}
 _VALUES = 10
 
 
@@ -35,12 +36,12 @@ def _block(z: Tensor, channels_last: bool) -> int:
     return min(max(wanted // 8 * 8, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
-def _scratch_size(kernel: str, z: Tensor, channels_last: bool, block: int, threads: int) -> int:
+def _scratch_size(kernel: str, z: Tensor, channels_last: bool, block: int) -> int:
     batch, channels, height, width = z.shape
     pixels, sums = height * width, _SUMS.get(kernel, 0)
     if not channels_last:
         return batch * channels * -(-pixels // block) * sums
-    rows = -(-batch * pixels // block) * sums + (threads if kernel == "bn_stats" else _VALUES)
+    rows = -(-batch * pixels // block) * sums + (0 if kernel == "bn_stats" else _VALUES)
     return rows * (-(-channels // 16) * 16)
 
 
@@ -60,7 +61,7 @@ def _run(
     # Planes of one pixel are rows of channels; only the layout of a mask tells them apart.
     channels_last = _layout.is_channels_last(z) or (height * width == 1 and masks == (None, None))
     threads, block = _cpu_view.threads(z.numel()), _block(z, channels_last)
-    size = _scratch_size(kernel, z, channels_last, block, threads)
+    size = _scratch_size(kernel, z, channels_last, block)
     tensors |= {"z": z, "mean": mean, "scratch": mean.new_empty(size)}
     getattr(_cpu, kernel)(
         (batch, channels, height * width),
