@@ -175,24 +175,25 @@ def sum_of_partials(scratch_ptr, i, n_splits, C, c, BLOCK_C: tl.constexpr, BLOCK
 def moments_of_partials(scratch_ptr, n_splits, C, c, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """Mean and sum of squared deviations from those of the splits (Chan, Golub and LeVeque).
 
-    Means are taken relative to that of split 0, which lies at most sqrt(n_splits) standard
-    deviations off: what cancels in the last line is no more than n_splits times the result.
+    A split's mean comes as two numbers, origin and shift: rounded to one, what means that are
+    large but close to one another differ by would be lost. They are taken relative to the origin
+    of split 0, which lies so near that little cancels in the last line.
     """
-    origin = tl.load(scratch_ptr + c, mask=c < C, other=0.0, cache_modifier=".cg")
-    origin = finite_or_zero(origin)
+    base = tl.load(scratch_ptr + c, mask=c < C, other=0.0, cache_modifier=".cg")
     counts = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     firsts = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     seconds = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for s0 in range(0, n_splits, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
-        count = load_partials(scratch_ptr, 2, s, n_splits, C, c)
-        shift = load_partials(scratch_ptr, 0, s, n_splits, C, c) - origin[None, :]
-        inside = (s[:, None] < n_splits) & (c[None, :] < C)
-        shift = tl.where(inside, shift, 0.0)
+        origin = load_partials(scratch_ptr, 0, s, n_splits, C, c)
+        count = load_partials(scratch_ptr, 3, s, n_splits, C, c)  # zero behind the last split
+        shift = origin - base[None, :] + load_partials(scratch_ptr, 1, s, n_splits, C, c)
         counts += count
         firsts += count * shift
-        seconds += load_partials(scratch_ptr, 1, s, n_splits, C, c) + count * shift * shift
-    return moments(origin, tl.sum(firsts, 0), tl.sum(seconds, 0), tl.sum(counts, 0))
+        seconds += load_partials(scratch_ptr, 2, s, n_splits, C, c) + count * shift * shift
+    count = tl.maximum(tl.sum(counts, 0), 1)
+    shift, squares = moments(tl.sum(firsts, 0), tl.sum(seconds, 0), count)
+    return base + shift, squares
 
 
 @triton.jit
@@ -201,11 +202,11 @@ def finite_or_zero(x):
 
 
 @triton.jit
-def moments(origin, first, second, count):
-    """Mean and sum of squared deviations from the sums of (x - origin) and of its square."""
+def moments(first, second, count):
+    """Mean and sum of squared deviations from the sums of values and of squares."""
     shift = first / count
     squares = second - first * shift
-    return origin + shift, tl.where(squares < 0, 0.0, squares)  # keeps NaN
+    return shift, tl.where(squares < 0, 0.0, squares)  # keeps NaN
 
 
 # ---- host ----

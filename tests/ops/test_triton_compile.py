@@ -111,7 +111,7 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[Any]) -> N
     checked = 0
     for record in (r for result in compiled for r in result["compiled"]):
         case, kernel = record["case"], record["kernel"]
-        if kernel.startswith("map_"):
+        if not kernel.startswith("cam_"):
             continue
         _, channels, height, width = case["shape"]
         row = channels if case["layout"] == "channels_last" else height * width
@@ -126,6 +126,22 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[Any]) -> N
             assert record["wide_stores"] >= tile, record
         checked += 1
     assert checked >= 3 * 16
+
+
+def test_network_kernels_read_and_write_16_bytes_at_a_time(compiled: list[Any]) -> None:
+    """Where rows are whole multiples of 16 bytes: every load of z, of gradients, of results."""
+    checked = 0
+    for record in (r for result in compiled for r in result["compiled"]):
+        case, kernel = record["case"], record["kernel"]
+        if not kernel.startswith(("bn_", "relu_")) or case["shape"][2:] == (7, 7):
+            continue
+        assert record["wide_loads"] >= 1, record
+        if not kernel.startswith(("bn_stats", "bn_sums")):
+            assert record["wide_stores"] >= 2, record
+        # What is left are per-channel numbers and bytes of the mask.
+        assert record["loads"] - record["wide_loads"] <= 80, record
+        checked += 1
+    assert checked >= 3 * 12
 
 
 def test_the_guard_sees_spills() -> None:

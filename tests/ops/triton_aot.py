@@ -53,7 +53,11 @@ class AbsentGPU:
 
 
 class Case(NamedTuple):
-    """One call of an op; ``wanted`` says which cotangents its backward makes."""
+    """One call of an op; ``wanted`` says which cotangents its backward makes.
+
+    Of batch_norm_relu and relu, all kernels: ``pooled`` with residual, mask and all that is
+    optional, or with none of it.
+    """
 
     op: str
     shape: tuple[int, ...]
@@ -81,6 +85,13 @@ MAPS = (
     Case("map_statistics", (64, 28, 28), "bfloat16", relu=False),
     Case("map_statistics", (64, 14, 14), "float16", "sliced"),
 )
+# Every vector width, ragged rows, the most registers (what is optional, in float32).
+NETWORK = (
+    ((64, 256, 14, 14), "bfloat16", "channels_last", True),
+    ((64, 64, 56, 56), "float32", "channels_last", True),
+    ((64, 64, 56, 56), "float32", "nchw", False),
+    ((64, 512, 7, 7), "float16", "nchw", True),
+)
 
 
 def cases(group: str) -> Iterator[Case]:
@@ -88,6 +99,9 @@ def cases(group: str) -> Iterator[Case]:
     if group == "default":
         for op, case in itertools.product(("cam", "cam_statistics"), CAM):
             yield Case(op, *case)
+        for case in NETWORK:
+            yield Case("batch_norm_relu", *case)
+        yield from (Case("relu", (64, 64, 56, 56), dtype) for dtype in ("float32", "bfloat16"))
         return
     shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
     layouts = ("nchw", "channels_last", "sliced")
@@ -96,6 +110,13 @@ def cases(group: str) -> Iterator[Case]:
     ):
         for wanted in ("both", "activations", "weights") if shape == SPLIT else ("both",):
             yield Case(op, shape, dtype, layout, pooled, wanted, relu=shape != WHOLE)
+    shapes = ((64, 64, 56, 56), (64, 2048, 7, 7), (2, 100, 14, 14), (64, 3, 224, 224), (9, 5, 1, 1))
+    for shape, dtype, layout, pooled in itertools.product(
+        shapes, DTYPES, ("nchw", "channels_last"), (True, False)
+    ):
+        yield Case("batch_norm_relu", shape, dtype, layout, pooled)
+    for shape, dtype in itertools.product(((64, 64, 56, 56), (3, 5, 7, 9)), DTYPES):
+        yield Case("relu", shape, dtype)
 
 
 def make(shape: tuple[int, ...], dtype: str, layout: str) -> Tensor:
@@ -108,9 +129,34 @@ def make(shape: tuple[int, ...], dtype: str, layout: str) -> Tensor:
     return torch.empty(shape, dtype=DTYPES[dtype])
 
 
+def call_relu(case: Case, backend: Any) -> None:
+    u = make(case.shape, case.dtype, case.layout)
+    for want_mask in (True, False):
+        v, mask = backend.relu_fwd(u, True, want_mask)
+        backend.relu_bwd(u, mask if want_mask else v, want_mask)
+
+
+def call_batch_norm_relu(case: Case, backend: Any) -> None:
+    z, rich = make(case.shape, case.dtype, case.layout), case.pooled
+    residual, vector = z if rich else None, torch.empty(case.shape[1])
+    norms, sums = (vector,) * 4, torch.empty(3, case.shape[1])
+    backend.bn_stats(z)
+    _, mask = backend.bn_fwd(z, *norms, residual, True, rich)
+    backend.bn_bwd_reduce(z, z, *norms, mask, True, rich)
+    backend.bn_bwd(z, z, *norms, mask, sums[:2], 0.1, True, rich, rich, residual, rich)
+    backend.bn_bwd_bwd_reduce(z, z, z, vector, vector)
+    cotangents = (vector, vector) if rich else (None, None)
+    backend.bn_bwd_bwd(
+        z, residual, z, z, *norms, mask, sums[:2], sums, 0.1, *cotangents, True, rich
+    )
+
+
 def call(case: Case) -> None:
     """Forward and backward of one case, as the ops call the backend."""
     backend = importlib.import_module(f"camkernels.ops.{case.op}.triton")
+    if case.op in ("relu", "batch_norm_relu"):
+        (call_relu if case.op == "relu" else call_batch_norm_relu)(case, backend)
+        return
     statistics = importlib.import_module("camkernels.ops.map_statistics.triton")
     batch = case.shape[0]
     grads = (*(torch.empty(1).expand(batch) for _ in range(3)), *(torch.empty(batch),) * 2)

@@ -74,21 +74,22 @@ def bn_stats_kernel(
         firsts += shift
         seconds += shift * shift
         count += more
-    mean, squares = moments(
-        origin, sum_of_tile(firsts, CHANNELS_LAST), sum_of_tile(seconds, CHANNELS_LAST), count
+    shift, squares = moments(
+        sum_of_tile(firsts, CHANNELS_LAST), sum_of_tile(seconds, CHANNELS_LAST), count
     )
     if SPLIT:
         n_splits = tl.num_programs(1)
-        store_partial(scratch_ptr, 0, split, n_splits, C, c, mean)
-        store_partial(scratch_ptr, 1, split, n_splits, C, c, squares)
-        store_partial(scratch_ptr, 2, split, n_splits, C, c, count + tl.zeros_like(mean))
+        store_partial(scratch_ptr, 0, split, n_splits, C, c, origin)
+        store_partial(scratch_ptr, 1, split, n_splits, C, c, shift)
+        store_partial(scratch_ptr, 2, split, n_splits, C, c, squares)
+        store_partial(scratch_ptr, 3, split, n_splits, C, c, count + tl.zeros_like(shift))
         if arrived_last(counters_ptr + k, n_splits):
             mean, squares = moments_of_partials(scratch_ptr, n_splits, C, c, BLOCK_C, BLOCK_S)
             tl.store(mean_ptr + c, mean, mask=c < C)
             tl.store(squares_ptr + c, squares, mask=c < C)
             tl.store(counters_ptr + k, 0)  # for the next launch
     else:
-        tl.store(mean_ptr + c, mean, mask=c < C)
+        tl.store(mean_ptr + c, origin + shift, mask=c < C)
         tl.store(squares_ptr + c, squares, mask=c < C)
 
 
@@ -270,7 +271,7 @@ def bn_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     mean, squares = (z.new_empty(z.shape[1], dtype=torch.float32) for _ in range(2))
     if z.numel() == 0:
         return mean.fill_(math.nan), squares.zero_()
-    reduction(bn_stats_kernel, z, None, 3, z, mean, squares)
+    reduction(bn_stats_kernel, z, None, 4, z, mean, squares)
     return mean, squares
 
 
