@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from camkernels.taps.input_tap import UNCONNECTED, Connected, InputTap
 from camkernels.taps.tap import TapError
 from camkernels.taps.targets import check_logits, class_indices
 
-_ERRORS = ("cosine", "histogram", "histogram_paper", "sigmoid", "centered_sigmoid")
 _REDUCTIONS = ("mean", "sum", "none")
 _INNER_REDUCTIONS = ("mean", "sum")
 _PLAIN_RELUS = ("raise", "warn", "ignore")
@@ -102,7 +102,7 @@ class InterpretableGradientLoss(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        error: str = "cosine",
+        error: F.GradientError = "cosine",
         weight: float = 1e-2,
         *,
         every: int = 1,
@@ -119,7 +119,7 @@ class InterpretableGradientLoss(nn.Module):
         keep_gradients: bool = False,
     ) -> None:
         super().__init__()
-        _check_choice("error", error, _ERRORS)
+        _check_choice("error", error, get_args(F.GradientError))
         _check_choice("reduction", reduction, _REDUCTIONS)
         _check_choice("inner_reduction", inner_reduction, _INNER_REDUCTIONS)
         _check_choice("plain_relus", plain_relus, _PLAIN_RELUS)
@@ -131,7 +131,7 @@ class InterpretableGradientLoss(nn.Module):
             raise ValueError(f"inner_scale: expected a positive number, got {inner_scale!r}")
         if inner_scale is not None and grad_scaler is not None:
             raise ValueError("inner_scale, grad_scaler: expected one of them, got both")
-        self.error = error
+        self.error: F.GradientError = error
         self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction

@@ -26,6 +26,12 @@ _FIRST_ORDER_ONLY = {
     "SyncBatchNormBackward": "torch.nn.SyncBatchNorm has no double backward: call "
     "model = ck.swap_in(model), whose BatchNorm shares its statistics and has one",
 }
+# It takes the first backward it sees, an inner one, for that of the loss: gradients then differ
+# between processes.
+_STATIC_GRAPH = (
+    "DistributedDataParallel(static_graph=True) does not expect gradients inside the loss, and "
+    "would reduce wrong ones: leave static_graph out"
+)
 
 
 @dataclass
@@ -89,6 +95,8 @@ def _classify(node: Any, found: Survey) -> None:
         found.guided += name == "ReLUFunctionBackward" or bool(getattr(node, "relu", False))
     elif name in _FIRST_ORDER_ONLY:
         found.obstacle = _FIRST_ORDER_ONLY[name]
+    elif name == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
+        found.obstacle = _STATIC_GRAPH
     elif name.startswith("ReluBackward"):
         found.plain[name] += 1
     elif name in _LOWER_BOUND:

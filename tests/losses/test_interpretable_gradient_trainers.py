@@ -7,11 +7,14 @@ import gc
 import io
 import math
 import pickle
+import subprocess
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import interpretable_gradient_process as process
 import pytest
 import torch
 from guided_nets import GuidedNet, eager_loss, twin_of
@@ -287,8 +290,15 @@ def test_checkpointing() -> None:
         ours = parameter_gradients(model, criterion(model(images), targets))
         assert relative(ours, theirs) <= 1e-9
     assert criterion.calls == 2
-    whole = checkpoint(model, images, use_reentrant=False)
+    whole = checkpoint(model, images, use_reentrant=False)  # the hook itself is run again
+    criterion(whole, targets)
     assert relative(parameter_gradients(model, criterion(whole, targets)), theirs) <= 1e-9
+    for parameter in twin.parameters():  # torch's convolution saves less without a leaf
+        parameter.requires_grad_(False)
+    twin.fc.requires_grad_(True)
+    criterion = ck.InterpretableGradientLoss(twin, plain_relus="ignore")
+    criterion(checkpoint(twin, images, use_reentrant=False), targets).backward()
+    criterion = ck.InterpretableGradientLoss(model)
     model.reentrant = True
     with pytest.raises(ck.TapError, match="use_reentrant=False"):
         criterion(model(images), targets)
@@ -381,7 +391,10 @@ def test_nothing_is_kept_alive(measure: bool) -> None:
         kept.append(weakref.ref(inputs[0]))
         kept.append(weakref.ref(output))
 
-    handle = model.hidden.register_forward_hook(keep)
+    handles = [
+        model.hidden.register_forward_hook(keep),
+        model.register_forward_hook(keep),  # the leaf
+    ]
     gc.collect()
     gc.disable()
     try:
@@ -393,11 +406,13 @@ def test_nothing_is_kept_alive(measure: bool) -> None:
             del loss, data
         with torch.no_grad():
             criterion(model(images.clone()), targets)
+        assert [ref() for ref in kept] == [None] * len(kept)
         model(images.clone())  # a forward without a loss
         assert [ref() for ref in kept] == [None] * len(kept)
     finally:
         gc.enable()
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     model_ref = weakref.ref(model)
     del model, criterion
     gc.collect()
@@ -536,7 +551,7 @@ def test_channels_last() -> None:
 def test_bad_options() -> None:
     model = GuidedNet()
     for option, match in (
-        ({"error": "cos"}, "error: expected one of cosine, histogram"),
+        ({"error": "cos"}, "error: expected one of sigmoid, centered_sigmoid"),
         ({"reduction": "max"}, "reduction"),
         ({"inner_reduction": "none"}, "inner_reduction: expected one of mean, sum"),
         ({"plain_relus": "hide"}, "plain_relus"),
@@ -586,7 +601,7 @@ def test_empty_batch() -> None:
 
 
 def test_nan_in_one_sample_shows_in_the_loss_and_crashes_nothing() -> None:
-    model = Pointwise(ck_functional.relu).double()
+    model = GuidedNet().double().eval()
     images, targets = batch()
     images[1] = math.nan
     criterion = ck.InterpretableGradientLoss(model, reduction="none")
@@ -602,3 +617,62 @@ def test_side_by_side_with_another_criterion() -> None:
     logits = model(images)
     (entropy(logits, targets) + gradient(logits, targets)).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+# -- processes -------------------------------------------------------------------------------
+
+
+def test_two_processes_with_synchronised_statistics_equal_one_with_all_the_batch(
+    tmp_path: Path, python: str, subprocess_environment: dict[str, str]
+) -> None:
+    command = [python, process.__file__]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path)],
+            env=subprocess_environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            output = worker.communicate(timeout=300)[0]
+            assert worker.returncode == 0, output
+    finally:
+        for worker in workers:
+            worker.kill()
+    found = torch.load(tmp_path / "gradients.pt")
+    for index, (error, inner) in enumerate(process.SETTINGS):
+        model = ck.swap_in(process.network())
+        process.train(model, *process.data(), error=error, inner_reduction=inner)
+        expected = [p.grad for p in model.parameters()]
+        wrappers = len(process.WRAPPERS)
+        for ours in found[wrappers * index : wrappers * (index + 1)]:
+            assert relative(ours, expected) <= 1e-9  # type: ignore[arg-type]
+
+
+def test_distributed_data_parallel_and_its_static_graph(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = GuidedNet().double()
+        twin = twin_of(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        images, targets = batch()
+        criterion = ck.InterpretableGradientLoss(wrapped, weight=100.0)
+        for _ in range(3):
+            wrapped.zero_grad()
+            criterion(wrapped(images), targets).backward()
+        eager_loss(twin, images, targets, "cosine", 100.0).backward()
+        ours, theirs = ([p.grad for p in m.parameters()] for m in (model, twin))
+        assert relative(ours, theirs) <= 1e-9  # type: ignore[arg-type]
+        # With two processes the gradients would be wrong, without a word, or it would hang.
+        static = nn.parallel.DistributedDataParallel(model, static_graph=True)
+        logits = static(images)
+        with pytest.raises(ck.TapError, match="static_graph"):
+            criterion(logits, targets)
+    finally:
+        torch.distributed.destroy_process_group()
