@@ -7,9 +7,11 @@ gradient, the errors as the paper writes them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from nets import largest_difference
 from torch import Tensor, nn
 
 from camkernels.nn import functional as ck_functional
@@ -130,3 +132,21 @@ def eager_loss(
     logits, delta, guided = eager_gradients(twin, images, targets, **options)
     cross_entropy = nn.functional.cross_entropy(logits, targets, **options)
     return cross_entropy + weight * eager_error(delta, guided, error).mean()
+
+
+class Pointwise(nn.Module):
+    """A convolution, the function that the test chooses, pooling and a linear layer."""
+
+    def __init__(self, relu: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(6, 5)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.relu(self.conv(x)).mean((2, 3)))
+        return logits
+
+
+def relative(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return largest_difference(ours, theirs) / max(float(t.abs().max()) for t in theirs)

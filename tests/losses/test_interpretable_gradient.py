@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from guided_nets import ERRORS, GuidedNet, eager_error, eager_gradients, eager_loss, twin_of
-from nets import batch, largest_difference, parameter_gradients
-from torch import Tensor, nn
+from guided_nets import (
+    ERRORS,
+    GuidedNet,
+    eager_error,
+    eager_gradients,
+    eager_loss,
+    relative,
+    twin_of,
+)
+from nets import batch, parameter_gradients
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import camkernels as ck
@@ -29,10 +37,6 @@ def model_and_twin(training: bool = True) -> tuple[GuidedNet, GuidedNet]:
                 low, high = (0.5, 2.0) if name.endswith("var") else (-0.5, 0.5)
                 buffer.uniform_(low, high)
     return model, twin_of(model)
-
-
-def relative(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return largest_difference(ours, theirs) / max(float(t.abs().max()) for t in theirs)
 
 
 @pytest.mark.parametrize("training", [True, False])
