@@ -24,14 +24,24 @@ def relu(input: Any, inplace: bool = False, save: str = "mask") -> Any:
     return F.relu(input, inplace, save)
 
 
+def module_step(module: nn.Module) -> Step:
+    """One module of a group, called as the forward does."""
+    return lambda x, residual: module(x)
+
+
+def relu_step(inplace: bool) -> Step:
+    """A functional ReLU at the end of a group."""
+    return lambda x, residual: relu(x, inplace)
+
+
 def sum_step(add: Any, residual_first: bool) -> Step:
     """The sum of a group as the forward wrote it."""
 
     def step(x: Tensor, residual: Tensor | None) -> Tensor:
         first, second = (residual, x) if residual_first else (x, residual)
         if isinstance(add, str):
-            return getattr(first, add)(second)  # type: ignore[no-any-return]
-        return add(first, second)  # type: ignore[no-any-return]
+            return getattr(first, add)(second)
+        return add(first, second)
 
     return step
 

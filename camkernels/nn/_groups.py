@@ -134,7 +134,7 @@ def _is_add(node: Node) -> bool:
         return False
     alpha = node.kwargs.get("alpha", 1)
     two = len(node.args) == 2 and all(isinstance(a, Node) for a in node.args)
-    return two and alpha == 1 and not set(node.kwargs) - {"alpha"}
+    return two and alpha in (1, 1.0) and not set(node.kwargs) - {"alpha"}
 
 
 def relu_is_in_place(node: Node) -> bool:
@@ -156,7 +156,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _grow(bn: Node, kinds: dict[Node, str]) -> Group | None:
-    """The longest chain around a BatchNorm, each link with one user; None for the BatchNorm alone."""
+    """The longest chain around a BatchNorm, each link with one user; None for it alone."""
     group = Group([bn], [kinds[bn]])
     source = bn.args[0]
     if isinstance(source, Node) and kinds[source] == "conv" and _only_user(source) is bn:
@@ -230,7 +230,7 @@ def is_spread(group: Group, order: Iterable[Node]) -> bool:
     return any(n.op == "call_module" and n not in group.nodes for n in nodes[start:stop])
 
 
-# --- who shares memory with whom, and who writes ----------------------------------------------------
+# --- who shares memory with whom, and who writes --------------------------------------------------
 
 
 def _alias_roots(traced: Traced, kinds: dict[Node, str]) -> dict[Node, frozenset[Node]]:

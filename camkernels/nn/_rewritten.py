@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from camkernels.nn import _fused
+from camkernels.nn._functional_relus import lines_of_functional_relus
 from camkernels.nn._groups import Findings, Group, analyse, is_spread, output_is_kept
 from camkernels.nn._groups import relu_is_in_place as in_place
 from camkernels.nn._trace import CallShape, Traced, default_shape, trace
@@ -104,12 +105,12 @@ def _fused_group(traced: Traced, group: Group) -> _fused.FusedGroup:
         elif module is not None:
             parts["others"].append(module)
         if module is not None:
-            parts["steps"].append(lambda x, _, module=module: module(x))
+            parts["steps"].append(_fused.module_step(module))
         elif link == "add":
             first = node.args[0] is group.residual
             parts["steps"].append(_fused.sum_step(node.target, first))
         else:
-            parts["steps"].append(lambda x, _, inplace=in_place(node): _fused.relu(x, inplace))
+            parts["steps"].append(_fused.relu_step(in_place(node)))
     relu = group.links[-1] == "relu" or "bn_relu" in group.links
     return _fused.FusedGroup(adds=group.residual is not None, relu=relu, **parts)
 
@@ -149,69 +150,76 @@ class RewrittenForward:
         self._forget()
 
     def _forget(self) -> None:
-        self._variants: dict[bool, list[Variant | tuple[CallShape, str]]] = {True: [], False: []}
+        self._variants: list[Variant] = []
+        self._refused: list[tuple[CallShape, bool]] = []
         self._retraces = 0
         self.given_up: str | None = None
 
     def add(self, variant: Variant) -> None:
-        self._variants[variant.traced.training].append(variant)
+        self._variants.append(variant)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.container).forward(self.container, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or self.given_up is not None:
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
-            shape, tensors = _ONE_TENSOR, list(args)
-        else:
-            try:
-                shape, tensors = CallShape.of(args, kwargs)
-            except RefusedError:
-                return self.original(*args, **kwargs)
+        found = _shape_of(args, kwargs)
+        if found is None:
+            return self.original(*args, **kwargs)
+        shape, tensors = found
         variant = self._variant(shape)
         if variant is None or variant.fused is None:
             return self.original(*args, **kwargs)
         return variant.run(tensors)
 
     def _variant(self, shape: CallShape) -> Variant | None:
-        variants = self._variants[self.container.training]
-        for index, variant in enumerate(variants):
-            if isinstance(variant, tuple):
-                if variant[0] == shape:
-                    return None
-            elif variant.traced.shape == shape:
+        for variant in self._variants:
+            if variant.traced.is_for(shape):
                 if variant.traced.holds():
                     return variant
-                del variants[index]
+                self._variants.remove(variant)
                 self._retraces += 1
                 break
-        return self._retrace(shape, variants)
+        if (shape, self.container.training) in self._refused:
+            return None
+        return self._retrace(shape)
 
-    def _retrace(self, shape: CallShape, variants: list[Any]) -> Variant | None:
-        if len(variants) >= _MOST_VARIANTS or self._retraces > _MOST_RETRACES:
-            self._give_up("its forward reads what changes from call to call")
+    def _retrace(self, shape: CallShape) -> Variant | None:
+        if self.given_up is not None:
+            return None
+        if len(self._variants) >= _MOST_VARIANTS or self._retraces > _MOST_RETRACES:
+            self._give_up("what its forward reads or is given changes from call to call")
             return None
         try:
             variant = make_variant(self.container, self.container.training, shape)
         except RefusedError as refused:
-            variants.append((shape, str(refused)))
+            self.refuse(shape, self.container.training)
+            self._retraces += 1
             self._warn(str(refused))
             return None
-        variants.append(variant)
+        self._variants.append(variant)
         return variant
+
+    def refuse(self, shape: CallShape, training: bool) -> None:
+        """Run the class's forward for such calls, without asking again."""
+        self._refused.append((shape, training))
 
     def _give_up(self, reason: str) -> None:
         self.given_up = reason
         self._warn(reason)
 
     def _warn(self, reason: str) -> None:
-        warnings.warn(
-            f"camkernels: the rewritten forward of {type(self.container).__name__} no longer "
-            f"applies ({reason}); its own runs, where functional ReLUs are plain under ck.guided()",
-            UserWarning,
-            stacklevel=5,
-        )
+        """Where it matters: a fused group that runs module by module gives the same numbers."""
+        lines = lines_of_functional_relus(self.container)
+        if lines:
+            warnings.warn(
+                f"camkernels: the rewritten forward of {type(self.container).__name__} does not "
+                f"apply to this call ({reason}); its own runs, and its functional ReLUs are plain "
+                f"under ck.guided(): {', '.join(lines)}",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
         result = RewrittenForward.__new__(RewrittenForward)
@@ -232,6 +240,15 @@ class RewrittenForward:
 
 
 _ONE_TENSOR = CallShape.of((torch.empty(0),), {})[0]
+
+
+def _shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallShape, list[Any]] | None:
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        return _ONE_TENSOR, list(args)
+    try:
+        return CallShape.of(args, kwargs)
+    except RefusedError:
+        return None
 
 
 def refuse_replicas() -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import sys
@@ -16,7 +17,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import Attribute
 from torch.utils import _pytree as pytree
 
-from camkernels.nn._watch import Read, RefusedError, Watch, is_users
+from camkernels.nn._watch import Read, RefusedError, Watch
 
 _SIMPLE_ARGUMENTS = (type(None), bool, int, float, str)
 _IN_PLACE = (
@@ -43,10 +44,11 @@ class _Answering:
     """Makes ``isinstance(proxy, T)`` in a user's forward answer by the traced argument's type."""
 
     known: type | None
+    tracer: Any
 
     @property
     def __class__(self) -> Any:
-        if not is_users(sys._getframe(1).f_code):
+        if sys._getframe(1).f_code not in self.tracer.watch.frames:
             return type(self)
         if self.known is None:
             raise RefusedError("forward asks for the type of an intermediate value")
@@ -150,11 +152,16 @@ class Traced:
 
     container: nn.Module
     function: types.FunctionType
-    training: bool
+    training: bool | None
+    """The mode it was traced in; None where the forward does not ask for it."""
     shape: CallShape
     graph: Graph
     reads: list[Read]
     children: list[tuple[nn.Module, list[tuple[str, nn.Module | None]]]]
+
+    def is_for(self, shape: CallShape) -> bool:
+        """Whether it was traced for such a call, in the container's present mode."""
+        return self.shape == shape and self.training in (None, self.container.training)
 
     def holds(self) -> bool:
         """Whether nothing that the traced forward read has changed."""
@@ -174,10 +181,17 @@ class Traced:
 
 def default_shape(container: nn.Module) -> CallShape:
     """The likely call: a tensor for each argument without a default."""
-    code = type(container).forward.__code__
-    defaults = type(container).forward.__defaults__ or ()
-    count = code.co_argcount - 1 - len(defaults)
-    return CallShape.of((torch.empty(0),) * count, {})[0]
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    parameters = list(inspect.signature(type(container).forward).parameters.values())
+    for parameter in parameters[1:]:
+        if parameter.default is not parameter.empty:
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[parameter.name] = torch.empty(0)
+        elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            args.append(torch.empty(0))
+    return CallShape.of(tuple(args), kwargs)[0]
 
 
 def trace(container: nn.Module, training: bool, shape: CallShape) -> Traced:
@@ -191,7 +205,7 @@ def trace(container: nn.Module, training: bool, shape: CallShape) -> Traced:
         raise RefusedError("forward is no plain function")
     watch = Watch()
     tracer = _ContainerTracer(shape, watch)
-    mode = container.training
+    mode, attributes = container.training, set(container.__dict__)
     container.training = training
     try:
         graph = tracer.trace(container)
@@ -202,12 +216,16 @@ def trace(container: nn.Module, training: bool, shape: CallShape) -> Traced:
         raise RefusedError(f"torch.fx cannot trace it: {reason}") from None
     finally:
         container.training = mode
-        for name in [n for n in container.__dict__ if n.startswith("_tensor_constant")]:
-            delattr(container, name)
-    for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
-            raise RefusedError("forward makes a tensor that does not depend on its input")
-    traced = Traced(container, function, training, shape, graph, list(watch.reads.values()), [])
+        constants = set(container.__dict__) - attributes
+        for name in constants:
+            del container.__dict__[name]
+    if constants:
+        raise RefusedError("forward makes a tensor that does not depend on its input")
+    asks_mode = watch.reads.pop((id(container), "training"), None) is not None
+    traced = Traced(
+        container, function, training if asks_mode else None, shape, graph,
+        list(watch.reads.values()), [],
+    )  # fmt: skip
     traced.children = _children(traced)
     return traced
 

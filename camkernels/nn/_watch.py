@@ -39,11 +39,13 @@ _BLOCKS = {
     "SETUP_ASYNC_WITH", "BEFORE_ASYNC_WITH", "LOAD_SPECIAL",
 }  # fmt: skip
 _WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_SUBSCR"}
-_TELLTALE = {
+_TELLTALE_BUILTINS = {
     "print", "type", "input", "open", "exec", "eval", "id", "hash", "globals", "vars", "setattr",
-    "delattr", "is_grad_enabled", "set_grad_enabled", "is_inference_mode_enabled",
-    "is_autocast_enabled", "is_autocast_cpu_enabled", "is_compiling", "urandom", "perf_counter",
-    "monotonic",
+    "delattr",
+}  # fmt: skip
+_TELLTALE = {
+    "is_grad_enabled", "set_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled",
+    "is_autocast_cpu_enabled", "is_compiling", "urandom", "perf_counter", "monotonic",
 }  # fmt: skip
 _FOREIGN = ("utils/checkpoint.py", "autograd/grad_mode.py", "amp/autocast_mode.py", "_dynamo/")
 
@@ -108,8 +110,8 @@ class Watch:
 
     reads: dict[tuple[int, str], Read] = field(default_factory=dict)
     frames: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)
+    """Functions that ran, from the forward on, outside PyTorch; and their globals."""
     foreign: set[str] = field(default_factory=set)
-    root: types.CodeType | None = None
 
     def read(self, what: str, holder: Any, name: str, again: Callable[[], Any]) -> None:
         key = (id(holder), name)
@@ -122,7 +124,8 @@ class Watch:
     @contextmanager
     def watching(self, container: nn.Module) -> Iterator[None]:
         """Watch what runs in this block, the forward of ``container``."""
-        self.root = type(container).forward.__code__
+        function = type(container).forward
+        self.frames[function.__code__] = function.__globals__
         before = _State.of(container)
         names = {id(module): name for name, module in container.named_modules()}
         profile = sys.getprofile()
@@ -146,20 +149,18 @@ class Watch:
         if event != "call":
             return
         code, caller = frame.f_code, frame.f_back
-        if code is not self.root and (caller is None or caller.f_code not in self.frames):
-            return  # PyTorch's own doing, not the forward's
-        if is_users(code):
-            self.frames.setdefault(code, frame.f_globals)
-        elif code.co_filename.startswith(_TORCH):
+        if code.co_filename.startswith(_TORCH):
             inner = code.co_filename[len(_TORCH) :].replace(os.sep, "/")
             if inner.startswith(_FOREIGN):
-                self.foreign.add(f"torch/{inner} ({code.co_name})")
+                self.foreign.add(f"torch/{inner}")
+        elif is_users(code) and caller is not None and caller.f_code in self.frames:
+            self.frames.setdefault(code, frame.f_globals)
 
     def _recorder(self, names: dict[int, str]) -> Callable[[nn.Module, str], Any]:
         plain = object.__getattribute__
 
         def getattribute(module: nn.Module, name: str) -> Any:
-            users = is_users(sys._getframe(1).f_code)
+            users = sys._getframe(1).f_code in self.frames
             try:
                 value = plain(module, name)
             except AttributeError:
@@ -205,9 +206,12 @@ class Watch:
                 raise RefusedError(f"a context manager or try block in {where}")
             if name in _WRITES and not (name == "STORE_ATTR" and code.co_name == "__init__"):
                 raise RefusedError(f"{where} writes {argument!r}")
-            if name.startswith("LOAD_") and argument in _TELLTALE:
+            loads_global = name in ("LOAD_GLOBAL", "LOAD_NAME")
+            if (loads_global and argument in _TELLTALE_BUILTINS) or (
+                name.startswith("LOAD_") and argument in _TELLTALE
+            ):
                 raise RefusedError(f"{where} uses {argument}")
-            if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+            if loads_global:
                 holder = self._global(names, argument)
             elif isinstance(holder, types.ModuleType) and name in ("LOAD_ATTR", "LOAD_METHOD"):
                 holder = self._attribute_of_file(holder, argument)
@@ -265,7 +269,7 @@ class _State:
             torch.get_rng_state(),
             torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
             random.getstate(),
-            np.random.get_state(),
+            np.random.get_state(legacy=True),
             attributes,
             {k: v.copy() for k, v in attributes.items() if isinstance(v, (list, dict, set))},
         )
@@ -279,11 +283,9 @@ class _State:
             torch.cuda.set_rng_state(self.cuda_state)
         drawn |= random.getstate() != self.python_state
         random.setstate(self.python_state)
-        numpy_state = np.random.get_state()
-        drawn |= numpy_state[2] != self.numpy_state[2] or not np.array_equal(  # type: ignore[index]
-            numpy_state[1],
-            self.numpy_state[1],  # type: ignore[index]
-        )
+        numpy_state: Any = np.random.get_state(legacy=True)
+        drawn |= numpy_state[2] != self.numpy_state[2]
+        drawn |= not np.array_equal(numpy_state[1], self.numpy_state[1])
         np.random.set_state(self.numpy_state)
         written = self._restore_attributes(container)
         if drawn:
@@ -293,8 +295,9 @@ class _State:
     def _restore_attributes(self, container: nn.Module) -> str | None:
         d, written = container.__dict__, None
         for name in [n for n in d if n not in self.attributes]:
-            del d[name]
-            written = name
+            if not name.startswith("_tensor_constant"):  # torch.fx's: the tracer sees to these
+                del d[name]
+                written = name
         for name, value in self.attributes.items():
             if d.get(name, MISSING) is not value:
                 d[name] = value

@@ -11,15 +11,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from camkernels.nn import functional as F
 
 
 def is_plain_tensor(value: object) -> bool:
-    """Whether our functions may take ``value``: a tensor in an ordinary forward, not a proxy of
-    torch.fx nor a recording of torch.jit, which want PyTorch's own operations."""
-    return isinstance(value, Tensor) and not torch.jit.is_tracing()
+    """Whether our functions may take ``value``; under torch.jit.trace PyTorch's own run.
+
+    Raises:
+        TypeError: a proxy of torch.fx.
+    """
+    if isinstance(value, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx cannot trace a network after ck.swap_in: trace first, or ck.swap_out(model)"
+        )
+    return isinstance(value, Tensor) and torch._C._get_tracing_state() is None
 
 
 class ReLU(nn.ReLU):

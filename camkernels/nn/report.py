@@ -39,11 +39,11 @@ class SwapReport:
         for name, lines in self.unguided_relus.items():
             rows.append((name, f"functional ReLU, plain under ck.guided(): {', '.join(lines)}"))
         width = max((len(name or "(network)") for name, _ in rows), default=0)
-        state = "swapped in" if self.swapped_in else "not swapped in; swap_in would give"
+        state = "swapped in" if self.swapped_in else "not swapped in"
         counted = (
             f"{len(self.swapped)} modules, {self.fused_groups} fused groups, "
             f"{sum(self.functional_relus.values())} functional ReLUs, "
             f"{len(self.left_alone)} left alone"
         )
         table = [f"  {name or '(network)':<{width}}  {what}" for name, what in rows]
-        return "\n".join([f"{state}: {counted}", *table])
+        return "\n".join([f"{state}; {counted}", *table])

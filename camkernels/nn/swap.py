@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,8 +49,8 @@ def swap_in(model: nn.Module, engine: bool = False) -> nn.Module:
         TypeError: a wrapped model. NotImplementedError: ``engine=True``.
 
     Warns:
-        UserWarning: functional ReLUs in a forward that cannot be traced, with their lines; a network
-            without any ReLU.
+        UserWarning: functional ReLUs in a forward that cannot be traced, with their lines; a
+            network without any ReLU.
 
     Example:
         >>> import torch, camkernels as ck
@@ -110,7 +109,7 @@ def swap_report(model: nn.Module) -> SwapReport:
     Example:
         >>> import torch, camkernels as ck
         >>> print(ck.swap_report(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.GELU())))
-        not swapped in; swap_in would give: 1 modules, 0 fused groups, 0 functional ReLUs, 1 left alone
+        not swapped in; 1 modules, 0 fused groups, 0 functional ReLUs, 1 left alone
           0  swapped: ReLU
           1  left alone: GELU is not guided: only ReLU has a guided backward
     """
@@ -178,10 +177,7 @@ def _walk(model: nn.Module, report: SwapReport) -> Iterator[tuple[str, nn.Module
 
 
 def _plan_container(plan: _Plan, name: str, container: nn.Module) -> None:
-    own = type(container).forward
-    if not isinstance(own, types.FunctionType) or own is nn.modules.module._forward_unimplemented:
-        return
-    if not _is_candidate(container):
+    if not _has_forward(container) or not _is_candidate(container):
         return
     installed = container.__dict__.get("forward")
     variants: list[Variant] = []
@@ -193,11 +189,17 @@ def _plan_container(plan: _Plan, name: str, container: nn.Module) -> None:
         reason = installed.given_up
     if reason is None:
         variants, reason = _variants(container)
-    if not variants:
-        _plan_refused(plan, name, container, reason or "")
-        return
-    plan.variants.append((container, variants))
-    _record(plan, name, variants)
+    if variants:
+        plan.variants.append((container, variants))
+        _record(plan, name, variants)
+    if reason is not None:
+        mode = "" if not variants else f" in {_other_mode(variants[0])}"
+        _plan_refused(plan, name, container, f"{reason}{mode}")
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """False for ModuleList and the like."""
+    return type(module).forward is not nn.modules.module._forward_unimplemented
 
 
 def _variants(container: nn.Module) -> tuple[list[Variant], str | None]:
@@ -209,7 +211,13 @@ def _variants(container: nn.Module) -> tuple[list[Variant], str | None]:
             variants.append(make_variant(container, training, default_shape(container)))
         except RefusedError as refused:
             reason = reason or str(refused)
+        if variants and variants[0].traced.training is None:
+            break  # the same in both modes
     return variants, reason
+
+
+def _other_mode(variant: Variant) -> str:
+    return "evaluation" if variant.traced.training else "training"
 
 
 def _is_candidate(container: nn.Module) -> bool:
@@ -221,7 +229,7 @@ def _is_candidate(container: nn.Module) -> bool:
                 continue
             if _kinds.kind_of(child) not in (None, "conv", "identity"):
                 return True
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            if isinstance(child, nn.Sequential) or not _has_forward(child):
                 pending.append(child)
     return not type(container).__module__.startswith("torch.") and mentions_relu(container)
 
@@ -260,6 +268,9 @@ def _install(container: nn.Module, variants: list[Variant]) -> None:
     forward = RewrittenForward(container)
     for variant in variants:
         forward.add(variant)
+    modes = {variant.traced.training for variant in variants}
+    if len(modes) == 1 and None not in modes:  # the other mode was refused, and that reported
+        forward.refuse(default_shape(container), not variants[0].traced.training)
     container.__dict__["forward"] = forward
     container.__dict__[_REPLICATE] = refuse_replicas
 
