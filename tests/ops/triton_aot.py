@@ -102,6 +102,7 @@ def cases(group: str) -> Iterator[Case]:
         for case in NETWORK:
             yield Case("batch_norm_relu", *case)
         yield from (Case("relu", (64, 64, 56, 56), dtype) for dtype in ("float32", "bfloat16"))
+        yield Case("gradient_error", (8, 3, 224, 224))
         return
     shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
     layouts = ("nchw", "channels_last", "sliced")
@@ -151,11 +152,23 @@ def call_batch_norm_relu(case: Case, backend: Any) -> None:
     )
 
 
+def call_gradient_error(case: Case, backend: Any) -> None:
+    delta = make(case.shape, case.dtype, case.layout)
+    for error in backend.ERRORS:
+        errors, statistics = backend.gradient_error_fwd(delta, delta, error)
+        backend.gradient_error_bwd(errors, delta, delta, statistics, error)
+
+
 def call(case: Case) -> None:
     """Forward and backward of one case, as the ops call the backend."""
     backend = importlib.import_module(f"camkernels.ops.{case.op}.triton")
-    if case.op in ("relu", "batch_norm_relu"):
-        (call_relu if case.op == "relu" else call_batch_norm_relu)(case, backend)
+    own = {
+        "relu": call_relu,
+        "batch_norm_relu": call_batch_norm_relu,
+        "gradient_error": call_gradient_error,
+    }
+    if case.op in own:
+        own[case.op](case, backend)
         return
     statistics = importlib.import_module("camkernels.ops.map_statistics.triton")
     batch = case.shape[0]
