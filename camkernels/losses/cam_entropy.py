@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels import functional as F
+from camkernels.losses._common import check_choice, reduce
 from camkernels.taps.evaluate import Evaluation, Evaluator, ReshapeTransform
 from camkernels.taps.modules import LayerLike
 from camkernels.taps.tap import Tap
@@ -93,9 +94,9 @@ class CAMEntropyLoss(nn.Module):
         head: str = "auto",
     ) -> None:
         super().__init__()
-        _check_choice("regularizer", regularizer, tuple(_SIGNS))
-        _check_choice("target", target, _TARGETS)
-        _check_choice("reduction", reduction, _REDUCTIONS)
+        check_choice("regularizer", regularizer, tuple(_SIGNS))
+        check_choice("target", target, _TARGETS)
+        check_choice("reduction", reduction, _REDUCTIONS)
         for name, value in (("beta", beta), ("other_classes", other_classes)):
             if not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")
@@ -174,7 +175,7 @@ class CAMEntropyLoss(nn.Module):
         found = []
         for evaluation in evaluations:
             value = self._measure(evaluation.statistics, _pixels(evaluation.maps))
-            found.append(_reduce(value, valid & evaluation.statistics.live, self.reduction))
+            found.append(reduce(value, valid & evaluation.statistics.live, self.reduction))
         return found[0] if len(found) == 1 else torch.stack(found).mean(0)
 
     def _others(self, logits: Tensor, classes: Tensor, valid: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ class CAMEntropyLoss(nn.Module):
         value = self._measure(statistics, pixels).view(counted.shape)
         counted = counted & valid[:, None] & statistics.live.view(counted.shape)
         if self.reduction == "mean":
-            return _reduce(value, counted, "mean")
+            return reduce(value, counted, "mean")
         # per sample: the mean over its other classes
         kept = torch.where(counted, value, 0.0).sum(1) / counted.sum(1).clamp(min=1)
         return kept.sum() if self.reduction == "sum" else kept
@@ -272,24 +273,11 @@ class _Terms:
             value = getattr(statistics, name)
             if name == "entropy" and self.normalize:
                 value = F.normalize_entropy(value, _pixels(evaluation.maps))
-            yield name, _reduce(value, live, "mean")
+            yield name, reduce(value, live, "mean")
         count = live.sum(dtype=statistics.mean.dtype)
         yield "dead", 1 - count / self.valid.sum().clamp(min=1)
         yield "live", count
 
 
-def _reduce(values: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    kept = torch.where(counted, values, 0.0)
-    if reduction == "none":
-        return kept
-    total = kept.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
-
-
 def _pixels(maps: Tensor) -> int:
     return maps.shape[1] * maps.shape[2]
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

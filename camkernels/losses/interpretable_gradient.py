@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from camkernels import functional as F
 from camkernels import modes
-from camkernels.losses.cam_entropy import _check_choice, _reduce
+from camkernels.losses._common import check_choice, reduce
 from camkernels.taps.graph import Survey, survey, total
 from camkernels.taps.input_tap import UNCONNECTED, Connected, InputTap
 from camkernels.taps.tap import TapError
@@ -119,10 +119,10 @@ class InterpretableGradientLoss(nn.Module):
         keep_gradients: bool = False,
     ) -> None:
         super().__init__()
-        _check_choice("error", error, get_args(F.GradientError))
-        _check_choice("reduction", reduction, _REDUCTIONS)
-        _check_choice("inner_reduction", inner_reduction, _INNER_REDUCTIONS)
-        _check_choice("plain_relus", plain_relus, _PLAIN_RELUS)
+        check_choice("error", error, get_args(F.GradientError))
+        check_choice("reduction", reduction, _REDUCTIONS)
+        check_choice("inner_reduction", inner_reduction, _INNER_REDUCTIONS)
+        check_choice("plain_relus", plain_relus, _PLAIN_RELUS)
         if not math.isfinite(weight):
             raise ValueError(f"weight: expected a finite number, got {weight!r}")
         if not isinstance(every, int) or every < 1:
@@ -174,7 +174,7 @@ class InterpretableGradientLoss(nn.Module):
         # With weight 0 the gradients are measured, and nothing may reach those of the parameters.
         train = torch.is_grad_enabled() and self.weight != 0
         errors, plain, guided = self._errors(connected, targets, train)
-        regularizer = _reduce(errors, valid, self.reduction)
+        regularizer = reduce(errors, valid, self.reduction)
         self._terms.measured(regularizer, errors, plain, guided, valid)
         if self.keep_gradients:
             self._gradients = plain, guided
@@ -353,7 +353,7 @@ class _Terms:
             ("guided_gradient_norm", guided),
             ("zero_gradients", zero),
         ):
-            terms[name] = _reduce(values, self.valid, "mean")
+            terms[name] = reduce(values, self.valid, "mean")
         return terms
 
 
