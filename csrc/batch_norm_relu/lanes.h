@@ -89,10 +89,82 @@ struct Part {
   static constexpr bool value = false;
 };
 
+#if defined(CAMKERNELS_ISA_AVX2)
+// What load_partial and store_partial do, without a call of memcpy, which spills every register:
+// planes of 7 x 7 end with a part each.
+template <class A>
+CAMKERNELS_INLINE Mask<A> first_lanes(int64_t count) {
+  Mask<A> lane;
+  for (int i = 0; i < Lanes<A>::count; ++i) lane[i] = i;
+  return lane < Mask<A>{} + (int)count;
+}
+
+typedef uint64_t Halves __attribute__((vector_size(16)));
+
+// The first count % 4 elements of 16 bits as one number, and back.
+CAMKERNELS_INLINE uint64_t read_few(const char* source, int64_t count) {
+  uint32_t two = 0;
+  uint16_t one = 0;
+  if (count & 2) __builtin_memcpy(&two, source, 4);
+  if (count & 1) __builtin_memcpy(&one, source + (count & 2) * 2, 2);
+  return two | (uint64_t)one << (count & 2 ? 32 : 0);
+}
+
+CAMKERNELS_INLINE void write_few(char* target, uint64_t values, int64_t count) {
+  if (count & 2) __builtin_memcpy(target, &values, 4);
+  const uint64_t rest = count & 2 ? values >> 32 : values;
+  if (count & 1) __builtin_memcpy(target + (count & 2) * 2, &rest, 2);
+}
+
+template <class A, class T>
+CAMKERNELS_INLINE Vec<A> read_part(const T* source, int64_t count) {
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<A>)_mm256_maskload_ps(source, (__m256i)first_lanes<A>(count));
+  } else if constexpr (sizeof(T) == 8) {
+    return (Vec<A>)_mm256_maskload_pd(source, (__m256i)first_lanes<A>(count));
+  } else {
+    const char* bytes = (const char*)source;
+    Halves halves = {};
+    if (count & 4) {
+      __builtin_memcpy(&halves, bytes, 8);
+      halves[1] = read_few(bytes + 8, count);
+    } else {
+      halves[0] = read_few(bytes, count);
+    }
+    return widen(bit_cast<Bits16>(halves), T{});
+  }
+}
+
+template <class A, class T>
+CAMKERNELS_INLINE void write_part(T* target, Vec<A> value, int64_t count) {
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps(target, (__m256i)first_lanes<A>(count), (__m256)value);
+  } else if constexpr (sizeof(T) == 8) {
+    _mm256_maskstore_pd(target, (__m256i)first_lanes<A>(count), (__m256d)value);
+  } else {
+    const Halves halves = bit_cast<Halves>(narrow(value, T{}));
+    char* bytes = (char*)target;
+    if (count & 4) __builtin_memcpy(bytes, &halves, 8);
+    const int64_t done = count & 4;
+    write_few(bytes + 2 * done, done ? halves[1] : halves[0], count);
+  }
+}
+#else
+template <class A, class T>
+CAMKERNELS_INLINE Vec<A> read_part(const T* source, int64_t count) {
+  return load_partial<A>(source, count);
+}
+
+template <class A, class T>
+CAMKERNELS_INLINE void write_part(T* target, Vec<A> value, int64_t count) {
+  store_partial<A>(target, value, count);
+}
+#endif
+
 template <class A, class Kind, class T>
 CAMKERNELS_INLINE Vec<A> read(Kind, const T* source, int64_t count) {
   if constexpr (Kind::value) return load<A>(source);
-  return load_partial<A>(source, count);
+  return read_part<A>(source, count);
 }
 
 // Rounds as narrow() of vec.h does, but looks for no NaN: rounding keeps those whose lower half is
@@ -139,7 +211,7 @@ CAMKERNELS_INLINE void put(T* target, Vec<A> value, bool streaming) {
 template <class A, class Kind, class T>
 CAMKERNELS_INLINE void write(Kind, T* target, Vec<A> value, int64_t count, bool streaming) {
   if constexpr (!Kind::value) {
-    store_partial<A>(target, value, count);
+    write_part<A>(target, value, count);
   } else {
     put<A>(target, value, streaming);
   }
