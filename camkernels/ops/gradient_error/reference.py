@@ -54,14 +54,24 @@ def _norm(rows: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
     return torch.where(dead, 1.0, norm), dead
 
 
+def _smaller_side(x: Tensor) -> Tensor:
+    """sigma(-|x|): all derivatives of the sigmoid are products of it that do not cancel."""
+    return torch.sigmoid(torch.where(x > 0, -x, x))
+
+
+def _sigma(x: Tensor) -> Tensor:
+    small = _smaller_side(x)
+    return torch.where(x > 0, 1 - small, small)
+
+
 def _slope(x: Tensor) -> Tensor:
-    """sigma'(x), without the cancellation of 1 - sigma(x)."""
-    return torch.sigmoid(x) * torch.sigmoid(-x)
+    small = _smaller_side(x)
+    return small * (1 - small)
 
 
 def _sigmoid(d: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     zero = d.new_zeros(d.shape[0])
-    visible = torch.sigmoid(d) + (d - d).detach()  # the sigmoid of infinity is finite
+    visible = _sigma(d) + (d - d).detach()  # the sigmoid of infinity is finite
     return -(g * visible).sum(1), torch.stack((zero, zero, zero), 1)
 
 
@@ -69,7 +79,7 @@ def _centered_sigmoid(d: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     mean = d.mean(1)
     x = d - mean[:, None]
     statistics = torch.stack((mean, (g * _slope(x)).mean(1), torch.zeros_like(mean)), 1)
-    return -(g * torch.sigmoid(x)).sum(1), statistics
+    return -(g * _sigma(x)).sum(1), statistics
 
 
 def _cosine(d: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
