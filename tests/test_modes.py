@@ -214,17 +214,17 @@ def test_make_fx_records_the_rule_of_its_time(mode: str) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     for guided, expected in ((True, GUIDED), (False, PLAIN)):
-        traced = make_fx(functools.partial(_grad_inside, guided=guided), tracing_mode=mode)(U)
-        assert traced(U).tolist() == expected
+        traced = make_fx(functools.partial(_grad_inside, guided=guided), tracing_mode=mode)(U, GRAD)
+        assert traced(U, GRAD).tolist() == expected
 
 
-def _grad_inside(u: Tensor, guided: bool) -> Tensor:
+def _grad_inside(u: Tensor, grad: Tensor, guided: bool) -> Tensor:
     u = u.detach().requires_grad_()
     v = relu(u)
     if guided:
         with ck.guided():
-            return torch.autograd.grad(v, u, GRAD)[0]
-    return torch.autograd.grad(v, u, GRAD)[0]
+            return torch.autograd.grad(v, u, grad)[0]
+    return torch.autograd.grad(v, u, grad)[0]
 
 
 @pytest.fixture
@@ -247,8 +247,10 @@ class TestCompiled:
     def test_backward_inside(self) -> None:
         for guided, expected in ((True, GUIDED), (False, PLAIN)):
             torch._dynamo.reset()
-            compiled = torch.compile(lambda u, g=guided: _grad_inside(u, g), backend="eager")
-            assert compiled(U).tolist() == expected
+            compiled = torch.compile(
+                lambda u, grad, g=guided: _grad_inside(u, grad, g), backend="eager"
+            )
+            assert compiled(U, GRAD).tolist() == expected
 
     def test_fullgraph_raises(self) -> None:
         compiled = torch.compile(lambda u: relu(u * 1), backend="eager", fullgraph=True)
