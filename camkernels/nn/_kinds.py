@@ -47,14 +47,15 @@ def _timm() -> Any:
 
 def target_of(module: nn.Module) -> type[nn.Module] | None:
     """The class that ``swap_in`` gives to ``module``; None where it leaves it alone."""
-    kind = type(module)
-    if kind is nn.Conv2d and modules.symmetric_padding(module) is None:
+    kind: type[Any] = type(module)
+    conv: Any = module
+    if kind is nn.Conv2d and modules.symmetric_padding(conv) is None:
         return None
     if kind in _SWAPS:
         return _SWAPS[kind]
     timm = _timm()
     if timm is not None and kind is timm.TimmBatchNormAct2d and _known_activation(module):
-        return timm.BatchNormAct2d  # type: ignore[no-any-return]
+        return timm.BatchNormAct2d
     return None
 
 
@@ -71,7 +72,7 @@ def kind_of(module: nn.Module) -> str | None:
         return _KINDS[kind]
     timm = _timm()
     if timm is not None and kind is timm.BatchNormAct2d and _known_activation(module):
-        return "bn_act" if type(module.act) is nn.Identity else "bn_relu"  # type: ignore[attr-defined]
+        return "bn_act" if type(module.act) is nn.Identity else "bn_relu"
     return None
 
 
@@ -102,7 +103,7 @@ def left_alone_reason(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module) and isinstance(module, tuple(_SWAPS)):
         return "its parameters are parametrised"
     if kind is nn.Conv2d:
-        mode, padding = module.padding_mode, module.padding  # type: ignore[attr-defined]
+        mode, padding = module.padding_mode, module.padding
         return (
             f"padding_mode={mode!r}" if mode != "zeros" else f"padding={padding!r}, not symmetric"
         )

@@ -51,44 +51,47 @@ def make_variant(container: nn.Module, training: bool, shape: CallShape) -> Vari
     Raises:
         RefusedError: the forward cannot be traced, or not safely.
     """
-    traced = trace(container, training, shape)
+    try:
+        return _rewrite(container, trace(container, training, shape))
+    except RefusedError:
+        raise
+    except Exception as error:  # ours; the user's network runs all the same
+        raise RefusedError(f"internal error of camkernels: {error!r}") from error
+
+
+def _rewrite(container: nn.Module, traced: Traced) -> Variant:
     findings = analyse(traced)
     if not findings.worth_rewriting():
         return Variant(traced, findings, None, None, [])
-    relus = {node.name: output_is_kept(traced, node) for node in findings.functional_relus}
-    in_order = _copy(traced.graph)
-    for name, kept in relus.items():
-        _replace_relu(in_order, name, kept)
-    for group in findings.groups:  # their functional ReLUs
-        for node, link in zip(group.nodes, group.links, strict=True):
-            if link == "relu" and node.op != "call_module":
-                _replace_relu(in_order, node.name, False)
-    fused = _copy(traced.graph)
+    in_order, copies = _copy(traced.graph)
+    for node in findings.functional_relus:
+        _replace_relu(copies[node], output_is_kept(traced, node))
+    for group in findings.groups:
+        if group.links[-1] == "relu" and group.nodes[-1].op != "call_module":
+            _replace_relu(copies[group.nodes[-1]], kept=False)
+    fused, copies = _copy(traced.graph)
+    for node in findings.functional_relus:
+        _replace_relu(copies[node], output_is_kept(traced, node))
     spread = []
-    for name, kept in relus.items():
-        _replace_relu(fused, name, kept)
     for group in findings.groups:
         call = _fused_group(traced, group)
         if is_spread(group, traced.graph.nodes):
             spread.append(call)
-        _replace_group(fused, group, call)
+        _replace_group(fused, copies, group, call)
     return Variant(
         traced, findings, _compiled(fused, container), _compiled(in_order, container), spread
     )
 
 
-def _copy(graph: Graph) -> Graph:
+def _copy(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A copy, and each node's node in it."""
     result = Graph()
-    result.output(result.graph_copy(graph, {}))
-    return result
+    copies: dict[Node, Node] = {}
+    result.output(result.graph_copy(graph, copies))
+    return result, copies
 
 
-def _named(graph: Graph, name: str) -> Node:
-    return next(node for node in graph.nodes if node.name == name)
-
-
-def _replace_relu(graph: Graph, name: str, kept: bool) -> None:
-    node = _named(graph, name)
+def _replace_relu(node: Node, kept: bool) -> None:
     inplace = in_place(node)
     node.op, node.target = "call_function", _fused.relu
     node.args, node.kwargs = (node.args[0], inplace, "output" if kept else "mask"), {}
@@ -115,15 +118,17 @@ def _fused_group(traced: Traced, group: Group) -> _fused.FusedGroup:
     return _fused.FusedGroup(adds=group.residual is not None, relu=relu, **parts)
 
 
-def _replace_group(graph: Graph, group: Group, call: _fused.FusedGroup) -> None:
-    nodes = [_named(graph, node.name) for node in group.nodes]
-    source, last = nodes[0].args[0], nodes[-1]
-    args: tuple[Any, ...] = (source,)
+def _replace_group(
+    graph: Graph, copies: dict[Node, Node], group: Group, call: _fused.FusedGroup
+) -> None:
+    nodes = [copies[node] for node in group.nodes]
+    args = (nodes[0].args[0],)
     if group.residual is not None:
-        args += (_named(graph, group.residual.name),)
-    with graph.inserting_before(last):
+        args += (copies[group.residual],)
+    with graph.inserting_before(nodes[-1]):
         node = graph.call_function(call, args)
-    last.replace_all_uses_with(node)
+    nodes[-1].replace_all_uses_with(node)
+    copies[group.nodes[-1]] = node
     for old in reversed(nodes):
         graph.erase_node(old)
 

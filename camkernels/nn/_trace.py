@@ -46,7 +46,7 @@ class _Answering:
     known: type | None
     tracer: Any
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         if sys._getframe(1).f_code not in self.tracer.watch.frames:
             return type(self)
@@ -55,11 +55,11 @@ class _Answering:
         return self.known
 
 
-class _Attribute(_Answering, Attribute):  # type: ignore[misc]
+class _Attribute(_Answering, Attribute):
     known = None
 
 
-class _Value(_Answering, Proxy):  # type: ignore[misc]
+class _Value(_Answering, Proxy):
     def __init__(self, node: Node, tracer: Any, known: type | None = None) -> None:
         super().__init__(node, tracer)
         self.known = known
@@ -140,7 +140,7 @@ class _ContainerTracer(Tracer):
         args, kwargs = pytree.tree_unflatten(leaves, self.shape.structure)
 
         def call(*_: Any) -> Any:
-            with self.watch.watching(self.root):  # type: ignore[arg-type]
+            with self.watch.watching(self.root):
                 return root_fn(self.root, *args, **kwargs)
 
         return call, proxies

@@ -23,6 +23,7 @@ from camkernels.nn._watch import RefusedError
 from camkernels.nn.report import SwapReport
 
 _REPLICATE = "_replicate_for_data_parallel"
+_PATCHED = "it is patched on the instance"
 
 
 def swap_in(model: nn.Module, engine: bool = False) -> nn.Module:
@@ -183,7 +184,7 @@ def _plan_container(plan: _Plan, name: str, container: nn.Module) -> None:
     variants: list[Variant] = []
     reason = None
     if installed is not None and not isinstance(installed, RewrittenForward):
-        reason = "its forward is patched on the instance"
+        reason = _PATCHED
     elif isinstance(installed, RewrittenForward):
         plan.report.swapped_in = True
         reason = installed.given_up
@@ -240,7 +241,7 @@ def _plan_refused(plan: _Plan, name: str, container: nn.Module, reason: str) -> 
         if isinstance(child, nn.ReLU):
             plan.site(child, False)
     lines = lines_of_functional_relus(container)
-    if lines:
+    if lines and reason != _PATCHED:
         plan.report.unguided_relus[name] = lines
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,3 +137,38 @@ def small_network(functional: bool = False) -> nn.Module:
 
 def images(size: int = 2, side: int = 12) -> Tensor:
     return torch.randn(size, 3, side, side, dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """conv, bn and relu, and a forward that the test gives."""
+
+    def __init__(self, forward: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
+        randomize_norms(self)
+
+
+def net(forward: Callable[..., Any], **attributes: Any) -> Net:
+    """A Net whose class has ``forward``."""
+    result = type("Net", (Net,), {"forward": forward})()
+    for name, value in attributes.items():
+        setattr(result, name, value)
+    return result
+
+
+def usual(self: Any, x: Tensor) -> Tensor:
+    return self.relu(self.bn(self.conv(x)))
+
+
+def groups(model: nn.Module) -> list[str]:
+    return [g for found in ck.swap_report(model).fused.values() for g in found]
+
+
+def reason(model: nn.Module, name: str = "") -> str:
+    return ck.swap_report(model).left_alone.get(name, "")
+
+
+def swapped_alone(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no ReLU
+        return twins(module)
