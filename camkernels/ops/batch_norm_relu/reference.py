@@ -45,8 +45,8 @@ def channelwise(values: Tensor) -> Tensor:
 def rows(z: Tensor) -> Tensor:
     """z dense in its layout, as (rows, length) in the order of memory."""
     if _layout.is_channels_last(z):
-        return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-    return z.reshape(z.shape[0] * z.shape[1], -1)
+        return z.permute(0, 2, 3, 1).flatten(0, 2)
+    return z.reshape(z.shape[0] * z.shape[1], z.shape[2] * z.shape[3])
 
 
 def pack_mask(positive: Tensor) -> Tensor:
