@@ -79,6 +79,8 @@ class Case:
     ideal_bytes: int | None = None
     operations: int | None = None
     check: Callable[[], None] | None = None
+    rounds: tuple[int, int] = (5, 101)
+    """Timed rounds, at least and at most."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -24,7 +24,7 @@ def time_case(benchmark: Benchmark, case: Case, options: Options) -> dict[str, A
     verify(case, sides, benchmark.baseline, options)
     timer = timing.CudaTimer() if options.device == "cuda" else timing.host_timer
     seconds = options.seconds or (0.05 if options.quick else benchmark.seconds)
-    rounds = (3, 5) if options.quick else (5, 101)
+    rounds = (3, 5) if options.quick else case.rounds
     timings = timing.measure({n: s.step for n, s in sides.items()}, timer, seconds, rounds)
     figures = timing.summary(timings)
     for name, side in sides.items():
