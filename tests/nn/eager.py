@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Arguments = dict[str, "Tensor | None"]
 
@@ -149,3 +150,23 @@ def assert_as_good_as(
         other = float((eager[name].double() - expected).abs().max())
         bound = 1.5 * other + 3 * rounding * scale
         assert error <= bound, f"{name}: off by {error:.3g} of {scale:.3g}, eager by {other:.3g}"
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts F, D and W, and notes the shape of every filter that F runs with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"F": 0, "D": 0, "W": 0}
+        self.filters: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten.convolution.default:
+            self.counts["F"] += 1
+            self.filters.append(tuple(args[1].shape))
+        if function is torch.ops.aten.convolution_backward.default:
+            for kind, wanted in zip("DW", args[-1], strict=False):
+                self.counts[kind] += bool(wanted)
+        return function(*args, **(kwargs or {}))
