@@ -140,7 +140,7 @@ def _case(setting: Setting, options: Options) -> Case:
         "image_size": size,
         "weight": WEIGHT,
     }
-    # eager takes most of a minute in half precision without instructions for it
+    # every side is slow in bfloat16 on a CPU without instructions for it, eager most of all
     rounds = (5, 101) if setting.precision == "float32" else (3, 101)
     return Case(
         setting.name, build, check=lambda: check(setting, options), rounds=rounds, facts=facts
