@@ -122,7 +122,7 @@ def _replace_group(
     graph: Graph, copies: dict[Node, Node], group: Group, call: _fused.FusedGroup
 ) -> None:
     nodes = [copies[node] for node in group.nodes]
-    args = (nodes[0].args[0],)
+    args: tuple[Any, ...] = (nodes[0].args[0],)
     if group.residual is not None:
         args += (copies[group.residual],)
     with graph.inserting_before(nodes[-1]):

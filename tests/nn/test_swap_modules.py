@@ -206,13 +206,15 @@ def test_relu_keeps_its_output_only_where_the_next_layer_does() -> None:
     assert ck.swap_in(model)[1].save == "mask"
 
 
-def test_relu_of_two_containers_keeps_the_mask_if_one_needs_it() -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_relu_of_two_containers_keeps_the_mask_if_one_needs_it(order: int) -> None:
     relu = nn.ReLU()
-    model = nn.Sequential(
+    parts = [
         nn.Sequential(nn.Conv2d(3, 3, 1), relu, nn.Conv2d(3, 3, 1)),
         nn.Sequential(nn.Conv2d(3, 3, 1), relu, nn.AvgPool2d(2)),
-    )
-    assert ck.swap_in(model)[0][1].save == "mask"
+    ]
+    ck.swap_in(nn.Sequential(*parts[::order]))
+    assert relu.save == "mask"
 
 
 # --- timm -----------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ def test_the_step_is_that_of_the_unswapped_network(name: str) -> None:
             assert counts["conv_bn_act"] == groups
 
 
-@pytest.mark.parametrize(("name", "groups"), [("resnet26d", 31), ("regnetx_002", 44)])
+@pytest.mark.parametrize(
+    ("name", "groups"), [("resnet26d", 31), pytest.param("regnetx_002", 44, marks=pytest.mark.slow)]
+)
 def test_timm(name: str, groups: int) -> None:
     timm = pytest.importorskip("timm")
     swapped, plain = twins(randomize_norms(timm.create_model(name, num_classes=10)))
