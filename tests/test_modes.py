@@ -152,9 +152,8 @@ class _Nested(torch.autograd.Function):
         ctx.threads.add(threading.get_ident())
         with torch.enable_grad():
             u = leaf()
-            v = relu(u)
-            if ctx.depth:
-                v = _Nested.apply(v, ctx.depth - 1, ctx.threads)
+            # The ReLU only innermost: those further out would hide a plain one there.
+            v = _Nested.apply(u * 1, ctx.depth - 1, ctx.threads) if ctx.depth else relu(u)
         v.backward(grad)
         return u.grad, None, None  # type: ignore[return-value]
 
