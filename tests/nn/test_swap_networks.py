@@ -20,7 +20,7 @@ TORCHVISION = {
     "resnet50": (53, 0, 33),
     "vgg11_bn": (8, 0, 32),
     "squeezenet1_1": (0, 0, 33),
-    "densenet121": (120, 1, 33),
+    "densenet121": (120, 1, 64),  # at 33 its last BatchNorms see 2 values, and rounding grows
     "googlenet": (59, 2, 33),
     "regnet_x_400mf": (71, 0, 33),
 }
@@ -53,9 +53,7 @@ def test_the_step_is_that_of_the_unswapped_network(name: str) -> None:
     for training in (True, False) if name == "resnet18" else (True,):
         swapped.train(training), plain.train(training)
         with counting("conv_bn_act") as counts:
-            # 121 layers of BatchNorm, the last over 2 values each, magnify the rounding
-            tolerance = 1e-6 if name == "densenet121" else 1e-9
-            assert_same_step(swapped, plain, images(side=side), tolerance=tolerance)
+            assert_same_step(swapped, plain, images(4 if side == 64 else 2, side))
         if name.startswith("resnet"):
             assert counts["conv_bn_act"] == groups
 
