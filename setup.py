@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MODULE = "camkernels._cpu"
 
-# Only these sources, and */*_bindings.cpp, see pybind11 and the C++ library; everything else is a kernel and is compiled
-# once per instruction set, each in a namespace of its own (see csrc/common/isa.h).
+# Only these sources, and */*_bindings.cpp, see pybind11 and the C++ library; everything else is a
+# kernel and is compiled once per instruction set, each in a namespace of its own (see
+# csrc/common/isa.h).
 PLAIN_SOURCES = ("bindings_cpu.cpp", "common/simd_level.cpp")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -149,7 +150,8 @@ def build_file(compiler: list[str], target: str) -> str:
         lines.append(f"build {escape(name)}: compile {escape(source)}")
         lines.append(f"  extra = {shell(extra)}")
 
-    for source in (*(CSRC / name for name in PLAIN_SOURCES), *sorted(CSRC.glob("*/*_bindings.cpp"))):
+    plain_sources = [CSRC / name for name in PLAIN_SOURCES]
+    for source in (*plain_sources, *sorted(CSRC.glob("*/*_bindings.cpp"))):
         add(source, "plain", plain)
     for source in sorted(CSRC.glob("*/*_cpu.cpp")):
         for name, isa in sets.items():

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from camkernels import backends
 from camkernels.ops import _validate
@@ -149,7 +150,7 @@ def batch_norm_relu(
     if batch_statistics:
         norm.check_count(z, process_group)
     norm.check_residual(residual, z)
-    backend = backends.resolve(z.device, z.dtype)
+    backend = _backend(z)
     if backend == "reference":
         return _by_formula(
             z, running_mean, running_var, weight, bias, batch_statistics, momentum, eps, residual,
@@ -212,7 +213,7 @@ def conv_bn_act(
     """
     conv = _conv_spec(stride, padding, dilation, groups)
     x, kernel, conv_bias = _convolution_inputs(input, conv_weight, conv_bias)
-    backend = backends.resolve(x.device, x.dtype)
+    backend = _backend(x)
     if backend == "reference":
         z = _conv2d(x, kernel, conv_bias, conv)
         return batch_norm_relu(
@@ -273,6 +274,15 @@ def bn_relu_conv(
         process_group=process_group,
     )  # fmt: skip
     return conv2d(between, conv_weight, conv_bias, stride, padding, dilation, groups)
+
+
+def _backend(tensor: Tensor) -> str:
+    """As resolved; the formula where a tracer (fake tensors, make_fx) wants PyTorch's own ops."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+        if proxy is not None or isinstance(tensor, FakeTensor):
+            return "reference"
+    return backends.resolve(tensor.device, tensor.dtype)
 
 
 # --- arguments ----------------------------------------------------------------------------------
