@@ -23,6 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from camkernels.nn.modules import ReLU
+
+_RELUS = (nn.ReLU, ReLU)
 _NEUTRAL = (nn.Identity, nn.Flatten)
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -218,7 +221,7 @@ def examine(
             rectified.append(relu)
             relu = False
             names.append("linear")
-        elif linears and type(module) is nn.ReLU:
+        elif linears and type(module) in _RELUS:
             relu = True
             names.append("relu")
         else:
