@@ -181,8 +181,8 @@ def test_two_orders_equal_eager(backend: str, data: Any) -> None:
 def test_gradcheck_and_gradgradcheck(backend: str, options: Any, channels: str) -> None:
     if not has_double(backend):
         pytest.skip("takes no float64")
-    if channels != "plain" and options["affine"] == "none":
-        pytest.skip("no gamma to be zero")
+    if channels == "negative gamma" or (channels != "plain" and options["affine"] != "both"):
+        pytest.skip("compared with eager above; finite differences take long")
     call = make((2, 3, 2, 2), channels=channels, margin=1e-2, **options)
     names = [n for n, t in call.tensors.items() if t is not None]
     leaves = [call.tensors[n].detach().requires_grad_() for n in names]  # type: ignore[union-attr]

@@ -116,8 +116,9 @@ class Call:
 
 @every_backend
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("channels", "layout"), zip(CHANNELS, ("contiguous", "channels_last") * 2, strict=True)
+)
 def test_two_orders_equal_eager(backend: str, options: str, channels: str, layout: str) -> None:
     call = Call(channels=channels, layout=layout, **OPTIONS[options])
     with ck.backend(backend):  # type: ignore[arg-type]
