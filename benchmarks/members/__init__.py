@@ -29,6 +29,7 @@ MEMBERS: dict[str, Benchmark] = {
         gradient_error.BENCHMARK,
         step_cam_entropy.BENCHMARK,
         step_interpretable.BENCHMARK,
+        step_interpretable.BFLOAT16,
     )
 }
 
