@@ -196,6 +196,10 @@ def conv_bn_act(
     ``conv_bn_act`` or ``batch_norm_relu`` without a residual, from which it is made again. Safe at
     gamma = 0.
 
+    Since what lies between two such ops is made again from what came before it, the gradient of a
+    penalty on *weight gradients* goes around it: right for parameters and inputs of the network,
+    but not to be asked of the activation in between.
+
     Args: as for :func:`conv2d` (``conv_weight``, ``conv_bias``, ``stride`` and so on) and
         :func:`batch_norm_relu`; ``residual`` has the shape of the output.
 

@@ -52,15 +52,24 @@ class Recipe:
     @staticmethod
     def arguments_of(x: Tensor) -> tuple[Any, ...]:
         """z, gamma, beta and the recipe of x; four times None where it has none."""
-        found: tuple[Any, ...] | None = getattr(x, _ATTRIBUTE, None)
-        if found is None or found[0] != x._version:
+        found: _Attached | None = getattr(x, _ATTRIBUTE, None)
+        if found is None or found.version != x._version:
             return (None, None, None, None)
-        return found[1:]
+        return found.arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attached:
+    version: int
+    arguments: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a tensor that is saved or pickled leaves its recipe behind
 
 
 def attach(
     output: Tensor, z: Tensor, gamma: Tensor | None, beta: Tensor | None, recipe: Recipe
 ) -> Tensor:
     """Write the recipe of ``output`` on it."""
-    setattr(output, _ATTRIBUTE, (output._version, z, gamma, beta, recipe))
+    setattr(output, _ATTRIBUTE, _Attached(output._version, (z, gamma, beta, recipe)))
     return output
