@@ -59,8 +59,8 @@ CAMKERNELS_INLINE Vec<A> affine(const Values& values, Vec<A> d, int64_t i) {
   return fused<A>(d, values.get(kScale, i), values.get(kShift, i));
 }
 
-// Where 1[u > 0] comes from. A template parameter of the kernels: tests of it inside the loops cost
-// a third of their speed in bfloat16.
+// Where 1[u > 0] comes from. A template parameter of the kernels: tests of it inside the loops
+// slow them down.
 enum Gate { kNoRelu, kRecomputed, kMasked };
 
 static inline Gate gate_of(const BatchNorm& args) {

@@ -36,8 +36,7 @@ class ConvSpec:
 @functools.cache
 def _slow_on_cpu(dtype: torch.dtype) -> bool:
     """Whether PyTorch would run convolutions of this dtype by its slow path on this CPU. Then they
-    are computed in float32 and rounded, which is what the fast path does inside: on a CPU without
-    such instructions the data gradient took 20 times as long in bfloat16 as in float32."""
+    are computed in float32 and rounded, which is what the fast path does inside."""
     try:
         if dtype == torch.bfloat16:
             return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
