@@ -55,7 +55,11 @@ def _run(arguments: argparse.Namespace) -> int:
     for name in names:
         try:
             result = runner.run(
-                MEMBERS[name], options, arguments.case, lambda s: print(s, flush=True)
+                MEMBERS[name],
+                options,
+                arguments.case,
+                lambda s: print(s, flush=True),
+                lambda part: folder is not None and results.write(part, folder),
             )
         except (runner.WorkerFailedError, ValueError) as error:
             print(f"{name}: nothing is reported. {error}", file=sys.stderr)

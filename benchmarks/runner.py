@@ -60,8 +60,12 @@ def run(
     options: Options,
     only: list[str] | None = None,
     say: Callable[[str], None] = print,
+    save: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
     """All figures of a benchmark, as they are written to JSON.
+
+    Args:
+        save: takes the result so far after each case, so that a run that is cut off loses one.
 
     Raises:
         WorkerFailedError: a process failed, among other reasons because two sides disagree.
@@ -77,19 +81,7 @@ def run(
     if options.sides is not None:
         options = dataclasses.replace(options, sides=[benchmark.baseline, *options.sides])
     job = {"benchmark": benchmark.name, "options": dataclasses.asdict(options), "side": None}
-    cases: dict[str, Any] = {}
-    described: dict[str, Any] = {}
-    for name in names:
-        say(f"{benchmark.name}: timing {name}")
-        done = _worker({**job, "kind": "time", "cases": [name]}, memory.TIMING_MALLOC, path)
-        described = described or done["environment"]
-        cases.update(done["cases"])
-        _require_sides(options, done["cases"][name])
-    if benchmark.measures_memory:
-        _add_peaks(benchmark, job, cases, path, say)
-    if path:
-        described["torchvision_schemas_declared"] = True
-    return {
+    result: dict[str, Any] = {
         "schema": SCHEMA,
         "benchmark": benchmark.name,
         "about": benchmark.about,
@@ -99,10 +91,25 @@ def run(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(benchmark, options, only),
         "host_kind": environment.host_kind(options.device),
-        "environment": described,
+        "environment": {},
         "peak_malloc": memory.PEAK_MALLOC,
-        "cases": cases,
+        "cases": {},
     }
+    for name in names:
+        say(f"{benchmark.name}: timing {name}")
+        done = _worker({**job, "kind": "time", "cases": [name]}, memory.TIMING_MALLOC, path)
+        if not result["environment"]:
+            result["environment"] = done["environment"]
+            if path:
+                result["environment"]["torchvision_schemas_declared"] = True
+        _require_sides(options, done["cases"][name])
+        if benchmark.measures_memory and benchmark.isolate:
+            _add_peaks(benchmark, job, done["cases"], path, say)
+        result["cases"].update(done["cases"])
+        save(result)
+    if benchmark.measures_memory and not benchmark.isolate:
+        _add_peaks(benchmark, job, result["cases"], path, say)
+    return result
 
 
 def _require_sides(options: Options, case: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ def _kind(traced: Traced, node: Node) -> str:
         return kind_of(module) or "" if plain_call else ""
     if _is_relu(node):
         return "relu"
-    return "add" if _is_add(node) else ""
+    return "add" if is_add(node) else ""
 
 
 def _is_relu(node: Node) -> bool:
@@ -126,7 +126,7 @@ def _is_relu(node: Node) -> bool:
     return node.op == "call_method" and node.target in RELU_METHODS
 
 
-def _is_add(node: Node) -> bool:
+def is_add(node: Node) -> bool:
     if node.op == "call_function":
         if node.target not in _ADD_FUNCTIONS:
             return False

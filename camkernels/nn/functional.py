@@ -22,7 +22,7 @@ from camkernels import backends
 from camkernels.ops import _validate
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu import reference as _reference
-from camkernels.ops.batch_norm_relu.norm import NormSpec
+from camkernels.ops.batch_norm_relu.norm import NormSpec, Statistics
 from camkernels.ops.batch_norm_relu.op import BatchNormReLUFunction
 from camkernels.ops.batch_norm_relu.recipe import Recipe, attach
 from camkernels.ops.conv2d.op import ConvSpec
@@ -163,7 +163,9 @@ def batch_norm_relu(
         z, weight, bias, residual, *constants, spec
     )
     if training:
-        _update(running_mean, running_var, mean, var, count, momentum)
+        norm.update_running(
+            running_mean, running_var, Statistics(mean, var, rstd, count), momentum
+        )
     if residual is None and output.requires_grad:
         attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
     return output
@@ -234,7 +236,9 @@ def conv_bn_act(
         conv, spec,
     )  # fmt: skip
     if training:
-        _update(running_mean, running_var, mean, var, count, momentum)
+        norm.update_running(
+            running_mean, running_var, Statistics(mean, var, rstd, count), momentum
+        )
     if residual is None and output.requires_grad:
         attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
     return output
@@ -339,23 +343,6 @@ def _check_affine(channels: int, like: Tensor, *values: Tensor | None) -> None:
         raise ValueError("bias: given without weight")
 
 
-def _update(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
-) -> None:
-    """Move the running statistics; the variance unbiased, as PyTorch keeps it."""
-    if running_mean is None or running_var is None or count == 0:
-        return
-    with torch.no_grad():
-        unbiased = var * (count / max(count - 1, 1))
-        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-        running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
-
-
 def _by_formula(
     z: Tensor,
     running_mean: Tensor | None,
@@ -380,5 +367,5 @@ def _by_formula(
         spec = NormSpec(True, eps, relu, None, "reference")
         with torch.no_grad():
             found = norm.statistics(z, None, None, spec)
-        _update(running_mean, running_var, found.mean, found.var, found.count, momentum)
+        norm.update_running(running_mean, running_var, found, momentum)
     return _relu(u, False, "output") if relu else u

@@ -11,6 +11,7 @@ class SwapReport:
 
     Attributes:
         swapped_in: whether the network is swapped now; else the report says what would be.
+        engine: whether the engine runs the network; ``ck.plan_report`` says how.
         swapped: module name -> class of the module.
         fused: container name ("" is the network) -> its fused groups, as ``"conv1 + bn1 + relu"``.
         functional_relus: container name -> number of functional ReLUs that become guidable.
@@ -19,6 +20,7 @@ class SwapReport:
     """
 
     swapped_in: bool = False
+    engine: bool = False
     swapped: dict[str, str] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
     functional_relus: dict[str, int] = field(default_factory=dict)

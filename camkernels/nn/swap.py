@@ -26,7 +26,9 @@ _REPLICATE = "_replicate_for_data_parallel"
 _PATCHED = "it is patched on the instance"
 
 
-def swap_in(model: nn.Module, engine: bool = False) -> nn.Module:
+def swap_in(
+    model: nn.Module, engine: bool = False, memory: str | int | None = None
+) -> nn.Module:
     """Make ``model`` cheap to differentiate twice, and guidable, in place.
 
     ReLU, Conv2d, BatchNorm2d, SyncBatchNorm and timm's BatchNormAct2d become those of
@@ -41,13 +43,21 @@ def swap_in(model: nn.Module, engine: bool = False) -> nn.Module:
 
     Args:
         model: any network.
-        engine: the whole network as one operation; not in this release.
+        engine: run the network by the second-order engine: its convolutions, BatchNorms and ReLUs
+            as scheduled passes, which keep less and recompute what is cheap. What the engine cannot
+            plan raises. Every gradient of parameters leaves at the end of a stage's backward, so
+            that DistributedDataParallel cannot overlap communication with it.
+        memory: of the engine: ``"fast"`` (the default) keeps the outputs of convolutions and what
+            the double backward needs; ``"lean"`` convolves once more per block and pass instead;
+            ``"lean-bf16"`` also stores the second-order tensors in bfloat16, at a relative error of
+            about 1e-3 in the regulariser's gradient.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: a wrapped model. NotImplementedError: ``engine=True``.
+        TypeError: a wrapped model. ValueError: an unknown ``memory``; EngineError (a ValueError):
+        a network that the engine cannot plan, by module; it is then left as it was.
 
     Warns:
         UserWarning: functional ReLUs in a forward that cannot be traced, with their lines; a
@@ -60,13 +70,11 @@ def swap_in(model: nn.Module, engine: bool = False) -> nn.Module:
         >>> ck.swap_report(ck.swap_in(net)).fused
         {'': ['0 + 1 + 2']}
     """
-    if engine:
-        raise NotImplementedError(
-            "engine=True: the whole-network engine comes with the next release; swap_in(model) "
-            "swaps modules and fuses groups"
-        )
     _refuse_wrapped(model)
+    if memory is not None and not engine:
+        raise ValueError("memory: belongs to the engine; pass engine=True")
     swap_out(model)
+    forward = _engine_forward(model, memory or "fast") if engine else None
     plan = _plan(model)
     for module, target in plan.classes:
         module.__dict__[_kinds.ORIGINAL] = type(module)
@@ -76,8 +84,18 @@ def swap_in(model: nn.Module, engine: bool = False) -> nn.Module:
             _install(container, variants)
     for relu in plan.relus_kept():
         relu.save = "output"  # type: ignore[assignment]
+    if forward is not None:
+        model.__dict__["forward"] = forward
+        model.__dict__[_REPLICATE] = refuse_replicas
     _warn_of(model, plan)
     return model
+
+
+def _engine_forward(model: nn.Module, memory: str | int) -> Any:
+    """Planned in both modes before anything is changed."""
+    from camkernels import engine  # it stands above this room
+
+    return engine.install(model, memory)
 
 
 def swap_out(model: nn.Module) -> nn.Module:
@@ -94,7 +112,8 @@ def swap_out(model: nn.Module) -> nn.Module:
     """
     _check_module(model)
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), RewrittenForward):
+        installed = module.__dict__.get("forward")
+        if isinstance(installed, RewrittenForward) or hasattr(installed, "is_engine"):
             del module.__dict__["forward"]
             module.__dict__.pop(_REPLICATE, None)
         original = module.__dict__.pop(_kinds.ORIGINAL, None)
@@ -183,7 +202,10 @@ def _plan_container(plan: _Plan, name: str, container: nn.Module) -> None:
     installed = container.__dict__.get("forward")
     variants: list[Variant] = []
     reason = None
-    if installed is not None and not isinstance(installed, RewrittenForward):
+    if hasattr(installed, "is_engine"):
+        plan.report.swapped_in = True
+        plan.report.engine = True
+    elif installed is not None and not isinstance(installed, RewrittenForward):
         reason = _PATCHED
     elif isinstance(installed, RewrittenForward):
         plan.report.swapped_in = True

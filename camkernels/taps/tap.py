@@ -41,6 +41,12 @@ class _Hook:
         self.method = method
         self.arguments = arguments
 
+    @property
+    def engine_needs(self) -> str:
+        """What the engine must serve it: modules inside a stage are no part of the head, which the
+        recording hooks look at."""
+        return "output" if self.method == "_see" else "nothing"
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
         tap = self.tap()

@@ -30,7 +30,8 @@ struct BatchNorm {
   const void *grad, *residual, *addend;
   const void *grad_grad, *grad_grad_residual, *grad_prime;
   const void *sums, *grad_sums, *c_gamma, *c_beta;
-  void *out, *second_out;  // out may be grad_grad; second_out null where it is not wanted
+  // out may be grad_grad, second_out grad_prime; second_out null where it is not wanted
+  void *out, *second_out;
   uint8_t* out_mask;
   void* results;  // (k, channels) of a reduction
   void* scratch;  // see scratch_size in cpu.py

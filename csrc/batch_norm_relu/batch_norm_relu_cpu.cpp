@@ -154,7 +154,8 @@ struct Second {
   template <class Values>
   CAMKERNELS_INLINE void row(const Values& values, const Stretch& s) const {
     const int64_t offset = s.row * args.row_length() + s.begin;
-    const T *z = of<T>(args.z, offset), *prime = of<T>(args.grad_prime, offset);
+    const T* z = of<T>(args.z, offset);
+    const T* prime = of<T>(args.grad_prime, offset);     // may be to_z
     const T* grad_grad = of<T>(args.grad_grad, offset);  // may be to_grad
     const T* to_residual = of<T>(args.grad_grad_residual, offset);
     T *to_grad = of<T>(args.out, offset), *to_z = of<T>(args.second_out, offset);
@@ -173,7 +174,7 @@ struct Second {
       const Vec<A> second =
           values.get(kToPrime, i) * h + values.get(kOfPrime, i) * g + values.get(kOfZ, i) * d;
       write<A>(kind, to_grad + i, first, count, streaming && to_grad != grad_grad);
-      write<A>(kind, to_z + i, second, count, streaming);
+      write<A>(kind, to_z + i, second, count, streaming && to_z != prime);
     });
   }
 };

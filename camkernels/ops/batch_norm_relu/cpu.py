@@ -210,8 +210,10 @@ def bn_bwd_bwd(
     c_beta: Tensor | None,
     relu: bool,
     inplace: bool,
+    reuse_prime: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    to_grad, to_z = grad_grad if inplace else _like(z), _like(z)
+    to_grad = grad_grad if inplace else _like(z)
+    to_z = grad_prime if reuse_prime else _like(z)
     _run(
         "bn_bwd_bwd", z, mean, rstd=rstd, gamma=gamma, beta=beta, mask=_given(mask),
         grad_grad=grad_grad, grad_grad_residual=grad_grad_residual, grad_prime=grad_prime,

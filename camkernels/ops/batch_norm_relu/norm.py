@@ -87,6 +87,18 @@ def statistics(
     return Statistics(mean, var, (var + spec.eps).rsqrt(), count)
 
 
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, found: Statistics, momentum: float
+) -> None:
+    """Move the running statistics; the variance unbiased, as PyTorch keeps it."""
+    if running_mean is None or running_var is None or found.count == 0:
+        return
+    unbiased = found.var * (found.count / max(found.count - 1, 1))
+    running_mean.mul_(1 - momentum).add_(found.mean.to(running_mean.dtype), alpha=momentum)
+    running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+
+
 def _merge(mean: Tensor, squares: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, int]:
     """Chan's merge of the statistics of all processes, in the order of their ranks."""
     mine = torch.cat([mean, squares, mean.new_tensor([float(count)])])
@@ -204,8 +216,10 @@ def second_order(
     *,
     inplace: bool,
     want_gamma: bool,
+    reuse_prime: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cotangents of grad, z and gamma. ``inplace``: h is nobody else's and may be overwritten."""
+    """Cotangents of grad, z and gamma. ``inplace``: h is nobody else's and may be overwritten, and
+    with ``reuse_prime`` so may g', by the cotangent of z."""
     if c_gamma is not None and spec.shared:
         raise NotImplementedError(
             "a cotangent of dgamma (a penalty on parameter gradients) through statistics that "
@@ -219,7 +233,7 @@ def second_order(
     total = spec.total(h_sums) if spec.training else torch.zeros_like(h_sums)
     to_grad, to_z = spec.run(
         "bn_bwd_bwd", h, h_residual, grad_prime, *saved.arguments, sums, total, inv_count,
-        c_gamma, c_beta, spec.relu, inplace,
+        c_gamma, c_beta, spec.relu, inplace, reuse_prime,
     )  # fmt: skip
     constant = not spec.training and c_gamma is None  # evaluation mode is linear
     to_gamma = saved.rstd * h_sums[2] if want_gamma else None

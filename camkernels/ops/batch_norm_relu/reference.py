@@ -230,12 +230,14 @@ def bn_bwd_bwd(
     c_beta: Tensor | None,
     relu: bool,
     inplace: bool,
+    reuse_prime: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cotangents of g and of z, both in dtype and layout of z.
 
     Args:
         grad_grad: h, of the dtype and layout of z; with ``inplace`` the first result takes its
             memory.
+        reuse_prime: the second result takes the memory of ``grad_prime``.
         sums: (2, C) of the first backward.
         grad_sums: (3, C) of bn_bwd_bwd_reduce.
         c_gamma, c_beta: (C,) cotangents of dgamma and dbeta, or None.
@@ -256,4 +258,5 @@ def bn_bwd_bwd(
     if c_gamma is not None:
         to_z = to_z + channelwise(rstd * c_gamma) * wide(grad_prime)
     to_grad, to_z = like_layout(to_grad, z), like_layout(to_z, z)
+    to_z = grad_prime.copy_(to_z) if reuse_prime else to_z
     return (grad_grad.copy_(to_grad) if inplace else to_grad), to_z

@@ -222,7 +222,7 @@ def bn_bwd_bwd_kernel(
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the cotangents of g and of z; to_grad may be grad_grad."""
+    """One tile of the cotangents of g and of z; to_grad may be grad_grad, to_z grad_prime."""
     L = L * ALIGN
     r0, l0 = place(L, BLOCK_R, BLOCK_L)
     c, exists = channels_of(r0, l0, C, CHANNELS_LAST, BLOCK_R, BLOCK_L)
@@ -381,9 +381,12 @@ def bn_bwd_bwd(
     c_beta: Tensor | None,
     relu: bool,
     inplace: bool,
+    reuse_prime: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Cotangents of g (in the memory of ``grad_grad`` with ``inplace``) and of z."""
-    to_grad, to_z = grad_grad if inplace else torch.empty_like(z), torch.empty_like(z)
+    """Cotangents of g (in the memory of ``grad_grad`` with ``inplace``) and of z (in that of
+    ``grad_prime`` with ``reuse_prime``)."""
+    to_grad = grad_grad if inplace else torch.empty_like(z)
+    to_z = grad_prime if reuse_prime else torch.empty_like(z)
     mask = used_mask(mask, relu)
     if z.numel():
         elementwise(

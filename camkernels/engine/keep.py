@@ -1,0 +1,213 @@
+"""What a stage keeps of its forward, and when each pass makes the rest again.
+
+Convolutions are dear and everything else is one pass over memory. So what is kept are outputs of
+convolutions (and sums), and only those from which all that the passes read can be made again
+without a convolution. The lean plans drop some of these too, and convolve again.
+
+A pass follows a schedule, computed once: make this value again, run that unit, let go of that value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from camkernels.engine.units import Conv, Norm, Unit
+
+if TYPE_CHECKING:
+    from camkernels.engine.plan import Stage
+    from camkernels.engine.trace import Op
+
+Mode = Literal["fast", "lean", "lean-bf16"]
+MODES: tuple[str, ...] = ("fast", "lean", "lean-bf16")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is traded for memory.
+
+    Attributes:
+        dropped: names of convolutions whose output is made again by convolving; None: the rule of
+            the lean modes.
+        spacing: how many residual sums in a row are made again from the one before them.
+        half: g' and the second-order cotangents of z are stored in bfloat16.
+    """
+
+    dropped: frozenset[str] | None = frozenset()
+    spacing: int = 1 << 30
+    half: bool = False
+
+    @classmethod
+    def of(cls, mode: str) -> Memory:
+        """The named modes.
+
+        Raises:
+            ValueError: another name.
+        """
+        if mode not in MODES:
+            raise ValueError(f"memory: expected one of {', '.join(MODES)} or bytes, got {mode!r}")
+        return cls() if mode == "fast" else cls(None, 3, mode == "lean-bf16")
+
+    def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of g' and of cotangents of z that wait for the last pass."""
+        return torch.bfloat16 if self.half and dtype == torch.float32 else dtype
+
+
+# --- which values -----------------------------------------------------------------------------
+
+
+def kept_values(stage: Stage) -> frozenset[Op]:
+    """The values that the forward keeps besides the stage's inputs."""
+    dropped = dropped_values(stage)
+    forced = _inputs_of_dropped(stage, dropped)
+    depth: dict[Op, int] = {}
+    kept: set[Op] = set()
+
+    def visit(value: Op) -> int:
+        """How many residual sums must be made again one after the other to have ``value``."""
+        if value not in stage.producers:
+            return 0
+        if value not in depth:
+            unit = stage.producers[value]
+            if value in forced or (unit.dear and value not in dropped):
+                kept.add(value)
+                depth[value] = 0
+            else:
+                below = max((visit(v) for v in unit.inputs), default=0)
+                adds = isinstance(unit, Norm) and unit.residual is not None
+                depth[value] = below + adds
+                if depth[value] >= stage.memory.spacing:
+                    kept.add(value)
+                    depth[value] = 0
+        return depth[value]
+
+    for unit in stage.units:
+        for value in (*unit.reads, *unit.reads_for_weights):
+            visit(value)
+    return frozenset(kept)
+
+
+def dropped_values(stage: Stage) -> frozenset[Op]:
+    """Outputs of convolutions that are not kept although a pass reads them."""
+    names = stage.memory.dropped
+    candidates = droppable(stage)
+    if names is not None:
+        return frozenset(v for v in candidates if v.name in names)
+    return frozenset(_lean(stage, candidates))
+
+
+def droppable(stage: Stage) -> list[Op]:
+    """Outputs of convolutions that a BatchNorm or a ReLU of the stage reads."""
+    read = {v for unit in stage.units for v in unit.reads}
+    return [u.output for u in stage.units if isinstance(u, Conv) and u.output in read]
+
+
+def _lean(stage: Stage, candidates: list[Op]) -> list[Op]:
+    """In residual networks the convolutions that end a block (four times as wide as those before
+    them in a bottleneck) and the downsampling ones; in others 1x1 convolutions; else every other
+    one. No convolution is made again from another that is."""
+    norms = [u for u in stage.units if isinstance(u, Norm)]
+    sums = [n for n in norms if n.residual is not None]
+    if sums:
+        residuals = {n.residual for n in sums}
+        ends = {n.z for n in sums} | {n.z for n in norms if n.output in residuals}
+        return [v for v in candidates if v in ends]
+    small = [v for v in candidates if v.module.kernel_size == (1, 1)]
+    chosen: list[Op] = []
+    for value in small or candidates:
+        if not _sources(stage, value) & set(chosen):
+            chosen.append(value)
+    return chosen
+
+
+def _sources(stage: Stage, value: Op) -> set[Op]:
+    """The convolutions from whose outputs the input of ``value``'s is made."""
+    found: set[Op] = set()
+    pending = list(stage.producers[value].inputs)
+    while pending:
+        unit = stage.producers.get(pending.pop())
+        if isinstance(unit, Conv):
+            found.add(unit.output)
+        elif unit is not None:
+            pending += unit.inputs
+    return found
+
+
+def _inputs_of_dropped(stage: Stage, dropped: frozenset[Op]) -> set[Op]:
+    """Inputs of dropped convolutions that are not one elementwise pass away from a kept one."""
+    forced = set()
+    for value in dropped:
+        (source,) = stage.producers[value].inputs
+        unit = stage.producers.get(source)
+        near = isinstance(unit, Norm) and unit.residual is None and unit.z not in dropped
+        if unit is not None and not near:
+            forced.add(source)
+    return forced
+
+
+# --- schedules --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Action:
+    """One step of a pass: ``again`` makes a value, ``visit`` runs a unit's part in the pass,
+    ``drop`` forgets a value made again, ``release`` one that the forward kept."""
+
+    verb: Literal["again", "visit", "drop", "release"]
+    unit: Unit | None = None
+    value: Op | None = None
+
+
+def schedule(
+    stage: Stage, active: tuple[Unit, ...], backward: bool, weights: frozenset[Unit]
+) -> list[Action]:
+    """The actions of one pass.
+
+    Args:
+        active: the units that take part, in the order of the forward.
+        backward: from the outputs to the inputs.
+        weights: convolutions whose weight gradient is made, which reads their input.
+    """
+    actions: list[Action] = []
+    made: set[Op] = set()
+
+    def ensure(value: Op) -> None:
+        if value in made or value in stage.kept or value not in stage.producers:
+            return
+        unit = stage.producers[value]
+        for source in unit.inputs:
+            ensure(source)
+        actions.append(Action("again", unit))
+        made.add(value)
+
+    for unit in reversed(active) if backward else active:
+        for value in _reads(unit, weights):
+            ensure(value)
+        actions.append(Action("visit", unit))
+    return _with_ends(stage, actions, weights)
+
+
+def _reads(unit: Unit, weights: frozenset[Unit]) -> tuple[Op, ...]:
+    return (*unit.reads, *(unit.reads_for_weights if unit in weights else ()))
+
+
+def _with_ends(stage: Stage, actions: list[Action], weights: frozenset[Unit]) -> list[Action]:
+    last: dict[Op, int] = {value: -1 for value in stage.kept}
+    for index, action in enumerate(actions):
+        assert action.unit is not None
+        if action.verb == "again":
+            last.setdefault(action.unit.output, index)
+        uses = action.unit.inputs if action.verb == "again" else _reads(action.unit, weights)
+        for value in uses:
+            last[value] = index
+    ends: dict[int, list[Action]] = {}
+    for value, index in last.items():
+        if value in stage.producers:
+            verb: Literal["release", "drop"] = "release" if value in stage.kept else "drop"
+            ends.setdefault(index, []).append(Action(verb, value=value))
+    result = list(ends.get(-1, []))
+    for index, action in enumerate(actions):
+        result += [action, *ends.get(index, [])]
+    return result
