@@ -104,3 +104,17 @@ def guided_now() -> bool:
             "gradient with create_graph outside ck.guided()"
         )
     return True
+
+
+_UNREAD = "_camkernels_unread"
+
+
+def mark_unread(leaf: torch.Tensor) -> None:
+    """Say of a leaf of our own that its gradient is read by ``torch.autograd.grad`` alone: a last
+    backward, the one with weight gradients, need not make it."""
+    setattr(leaf, _UNREAD, True)
+
+
+def is_unread(tensor: torch.Tensor) -> bool:
+    """Whether :func:`mark_unread` was called on this very tensor."""
+    return hasattr(tensor, _UNREAD)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from camkernels.engine import plan
-from camkernels.engine.function import Link, run_stage
+from camkernels.engine.function import LINKS, Link, run_stage
 from camkernels.engine.keep import Memory
 from camkernels.engine.plan import Call, EngineError, Hooked, Program, Stage
 from camkernels.engine.trace import Network, Op, trace_network
@@ -22,7 +22,6 @@ from camkernels.nn._watch import RefusedError
 
 # A network whose forward is never the same twice is not traced for ever.
 _MOST_NETWORKS = 16
-_LINKS = "_camkernels_links"
 
 
 class EngineForward:
@@ -212,7 +211,7 @@ def _execute(program: Program, tensors: list[Tensor]) -> Any:
             env.pop(op, None)
     output = pytree.tree_map_only(Op, lambda op: env[op], program.output)
     if isinstance(output, Tensor) and links:
-        setattr(output, _LINKS, links)
+        setattr(output, LINKS, links)
     return output
 
 
@@ -238,10 +237,4 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def links_of(output: Any) -> list[Link] | None:
-    """The stages that made a network's output, as long as that tensor is alive."""
-    found: list[Link] | None = getattr(output, _LINKS, None)
-    return found
-
-
-__all__ = ["EngineForward", "EngineError", "links_of", "make_network"]
+__all__ = ["EngineForward", "EngineError", "install", "make_network"]

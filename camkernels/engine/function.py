@@ -23,6 +23,8 @@ from camkernels.engine.plan import Stage
 from camkernels.engine.units import Record, Second, Stream
 from camkernels.ops.batch_norm_relu.norm import GUIDED_TWICE, THIRD_ORDER
 
+LINKS = "_camkernels_links"
+"""Attribute of a network's output: the stages that made it."""
 WEIGHTS_TWICE = (
     "a gradient of a gradient of parameters (a penalty on weight gradients) is not supported by "
     "the engine; ck.swap_in(model) without engine=True differentiates it"
@@ -52,6 +54,19 @@ class Link:
         self, run: Run, inputs: list[Tensor], token: Tensor, edges: list[GradientEdge]
     ) -> None:
         self.run, self.inputs, self.token, self.edges = run, inputs, token, edges
+
+
+def link_between(logits: Tensor, leaf: Tensor) -> Link | None:
+    """The one stage that leads from ``leaf`` to these very logits; None where there is another
+    way, or more than one stage."""
+    links: list[Link] = getattr(logits, LINKS, None) or []
+    if len(links) != 1 or len(links[0].inputs) != 1:
+        return None
+    source = links[0].inputs[0]
+    if source is leaf:
+        return links[0]
+    joins = source.grad_fn is not None and source.grad_fn.name() == "JoinFunctionBackward"
+    return links[0] if joins else None
 
 
 def input_gradients(
@@ -118,7 +133,7 @@ class StageFunction(torch.autograd.Function):
             stream.second = run.second.pop(torch._C._current_graph_task_id(), None)
             stream.gradients = {} if stream.second is None else stream.second.of_parameters
         with torch.autocast(run.device_type, enabled=False):
-            (to_inputs,) = run.reverse([given], [stream], last)
+            (to_inputs,) = run.reverse([given], [stream], last, unread=weights and not guided)
         if last:
             run.free()
         if stream.gradients is None:

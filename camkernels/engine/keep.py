@@ -105,21 +105,30 @@ def droppable(stage: Stage) -> list[Op]:
 
 
 def _lean(stage: Stage, candidates: list[Op]) -> list[Op]:
-    """In residual networks the convolutions that end a block (four times as wide as those before
-    them in a bottleneck) and the downsampling ones; in others 1x1 convolutions; else every other
-    one. No convolution is made again from another that is."""
+    """In residual networks the convolutions that end a block, which in a bottleneck are four times
+    as wide as those before them (a downsampling one would cost what it saves: its input would have
+    to be kept in its place); in others 1x1 convolutions; else every other one. No convolution is
+    made again from another that is."""
     norms = [u for u in stage.units if isinstance(u, Norm)]
     sums = [n for n in norms if n.residual is not None]
     if sums:
         residuals = {n.residual for n in sums}
         ends = {n.z for n in sums} | {n.z for n in norms if n.output in residuals}
-        return [v for v in candidates if v in ends]
+        return [v for v in candidates if v in ends and _is_near(stage, v, frozenset(ends))]
     small = [v for v in candidates if v.module.kernel_size == (1, 1)]
     chosen: list[Op] = []
     for value in small or candidates:
         if not _sources(stage, value) & set(chosen):
             chosen.append(value)
     return chosen
+
+
+def _is_near(stage: Stage, value: Op, dropped: frozenset[Op]) -> bool:
+    """Whether the input of the convolution that makes ``value`` is one elementwise pass away from
+    a kept convolution."""
+    (source,) = stage.producers[value].inputs
+    unit = stage.producers.get(source)
+    return isinstance(unit, Norm) and unit.residual is None and unit.z not in dropped
 
 
 def _sources(stage: Stage, value: Op) -> set[Op]:
@@ -140,9 +149,7 @@ def _inputs_of_dropped(stage: Stage, dropped: frozenset[Op]) -> set[Op]:
     forced = set()
     for value in dropped:
         (source,) = stage.producers[value].inputs
-        unit = stage.producers.get(source)
-        near = isinstance(unit, Norm) and unit.residual is None and unit.z not in dropped
-        if unit is not None and not near:
+        if source in stage.producers and not _is_near(stage, value, dropped):
             forced.add(source)
     return forced
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camkernels import backends
+from camkernels import backends, modes
 from camkernels.engine import keep
 from camkernels.engine.plan import Stage
 from camkernels.engine.trace import Op
@@ -53,6 +53,10 @@ class Run:
         self.weights_wanted = True
         self.keeps_graph = False
         self._input_dtypes = [x.dtype for x in inputs]
+        self.unread = frozenset(
+            v for v, x in zip(stage.inputs, inputs, strict=True) if modes.is_unread(x)
+        )
+        self.skipped: frozenset[Op] = frozenset()
         self._cache: dict[Op, Tensor] = {}
         wanted = [x.requires_grad for x in inputs]
         self.of_inputs = self._dependents({v for v, w in zip(stage.inputs, wanted, strict=True)
@@ -94,7 +98,9 @@ class Run:
 
     def leads(self, value: Op, stream: Stream) -> bool:
         """Whether a reverse pass must go on to ``value``."""
-        return value in (self.of_inputs if stream.gradients is None else self.of_all)
+        if stream.gradients is None:
+            return value in self.of_inputs
+        return value in self.of_all and value not in self.skipped
 
     def prime(self, record: Record, unit: Norm | None) -> Tensor | None:
         """g' of a BatchNorm in the dtype of the stage."""
@@ -171,15 +177,21 @@ class Run:
     # -- reverse -------------------------------------------------------------------------------
 
     def reverse(
-        self, grads: Sequence[Sequence[Tensor | None]], streams: Sequence[Stream], last: bool
+        self,
+        grads: Sequence[Sequence[Tensor | None]],
+        streams: Sequence[Stream],
+        last: bool,
+        unread: bool = False,
     ) -> list[list[Tensor | None]]:
         """Cotangents of the inputs per stream, from those of the outputs; all streams share what
         is made again.
 
         Args:
             last: nothing will be asked of this run afterwards, so that it frees as it goes.
+            unread: the gradients of leaves that say so are not made.
         """
         self.check()
+        self.skipped = self.unread if unread else frozenset()
         tables = [_Table(self.dtype) for _ in streams]
         for table, given in zip(tables, grads, strict=True):
             for value, grad in zip(self.stage.outputs, given, strict=True):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from camkernels import modes
 from camkernels.taps.modules import unwrap
 from camkernels.taps.tap import TapError, _Hook
 
@@ -174,6 +175,8 @@ class InputTap:
         # A final backward fills it although nobody asks: let go at once.
         leaf.register_post_accumulate_grad_hook(_drop_gradient)
         put = JoinFunction.apply(images, leaf) if images.requires_grad else leaf
+        if put is leaf:
+            modes.mark_unread(leaf)
         if isinstance(key, str):
             return (args, {**kwargs, key: put}), leaf
         return ((*args[:key], put, *args[key + 1 :]), kwargs), leaf

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from camkernels import modes
 from camkernels.ops.batch_norm_relu.recipe import Recipe
+from camkernels.ops.conv2d import few_channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +78,17 @@ def gradients(
         grad = wide[0]  # type: ignore[assignment]
         x = x.float() if wanted[1] else Geometry.of(x).blank(grad)
         weight = weight.float() if wanted[0] else Geometry.of(weight).blank(grad)
-    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-        grad, x, weight, (weight.shape[0],), spec.stride, spec.padding, spec.dilation,
-        False, (0, 0), spec.groups, wanted,
-    )  # fmt: skip
+    first = wanted[0] and few_channels.is_suited(grad, weight, spec)
+    library = (wanted[0] and not first, wanted[1], wanted[2])
+    found: tuple[Tensor | None, ...] = (None, None, None)
+    if any(library):
+        found = torch.ops.aten.convolution_backward(
+            grad, x, weight, (weight.shape[0],), spec.stride, spec.padding, spec.dilation,
+            False, (0, 0), spec.groups, library,
+        )  # fmt: skip
+    if first:
+        size = (x.shape[2], x.shape[3])
+        found = (few_channels.data_gradient(grad, size, weight, spec), *found[1:])
     return found if wide is None else tuple(None if f is None else f.to(dtype) for f in found)
 
 
