@@ -118,3 +118,23 @@ def mark_unread(leaf: torch.Tensor) -> None:
 def is_unread(tensor: torch.Tensor) -> bool:
     """Whether :func:`mark_unread` was called on this very tensor."""
     return hasattr(tensor, _UNREAD)
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+def _autocast_kind(device: torch.device | str) -> str:
+    """The meta device, on which memory is predicted, has no autocast: it follows the CPU's."""
+    kind = device if isinstance(device, str) else device.type
+    return "cpu" if kind == "meta" else kind
+
+
+def autocast_dtype(device: torch.device | str) -> torch.dtype | None:
+    """The dtype that autocast would run a convolution in on this device; None where it is off."""
+    kind = _autocast_kind(device)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def no_autocast(device: torch.device | str) -> torch.autocast:
+    """A block without autocast on this device."""
+    return torch.autocast(_autocast_kind(device), enabled=False)

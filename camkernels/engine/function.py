@@ -38,7 +38,7 @@ def run_stage(stage: Stage, inputs: list[Tensor]) -> tuple[list[Tensor], Link | 
         parameters or any(x.requires_grad for x in inputs)
     )
     run = Run(stage, inputs, wanted)
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with modes.no_autocast(inputs[0].device):
         if not wanted:
             with torch.no_grad():
                 return run.forward(inputs), None
@@ -132,7 +132,7 @@ class StageFunction(torch.autograd.Function):
         if weights:
             stream.second = run.second.pop(torch._C._current_graph_task_id(), None)
             stream.gradients = {} if stream.second is None else stream.second.of_parameters
-        with torch.autocast(run.device_type, enabled=False):
+        with modes.no_autocast(run.device):
             (to_inputs,) = run.reverse([given], [stream], last, unread=weights and not guided)
         if last:
             run.free()
@@ -162,7 +162,7 @@ class InputGradientFunction(torch.autograd.Function):
         if len(grads) > count:
             streams.append(Stream(guided=True))
             given.append(grads[count:])
-        with torch.autocast(run.device_type, enabled=False):
+        with modes.no_autocast(run.device):
             found = run.reverse(given, streams, last=False)
         ctx.run, ctx.record, ctx.count = run, record, count
         ctx.total = len(grads)
@@ -191,7 +191,7 @@ class InputGradientFunction(torch.autograd.Function):
             raise NotImplementedError(WEIGHTS_TWICE)
         run.keeps_graph, run.weights_wanted = _keeps_graph(), modes.weight_gradients_wanted()
         second = _second(run)
-        with torch.autocast(run.device_type, enabled=False):
+        with modes.no_autocast(run.device):
             cotangents = run.tangent(ctx.record, hs[: ctx.inputs], second)
         if not run.keeps_graph:
             ctx.record = None

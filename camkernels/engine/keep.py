@@ -29,26 +29,31 @@ class Memory:
     """What is traded for memory.
 
     Attributes:
-        dropped: names of convolutions whose output is made again by convolving; None: the rule of
-            the lean modes.
-        spacing: how many residual sums in a row are made again from the one before them.
+        lean: convolutions are made again by the rule of the lean modes.
         half: g' and the second-order cotangents of z are stored in bfloat16.
+        budget: bytes that a step may take above what was there before it; as many convolutions are
+            made again as it takes.
     """
 
-    dropped: frozenset[str] | None = frozenset()
-    spacing: int = 1 << 30
+    lean: bool = False
     half: bool = False
+    budget: int | None = None
 
     @classmethod
-    def of(cls, mode: str) -> Memory:
-        """The named modes.
+    def of(cls, memory: str | int) -> Memory:
+        """A named mode, or bytes.
 
         Raises:
-            ValueError: another name.
+            ValueError: neither.
         """
-        if mode not in MODES:
-            raise ValueError(f"memory: expected one of {', '.join(MODES)} or bytes, got {mode!r}")
-        return cls() if mode == "fast" else cls(None, 3, mode == "lean-bf16")
+        if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+            return cls(budget=memory)
+        if memory not in MODES:
+            raise ValueError(
+                f"memory: expected one of {', '.join(MODES)} or a positive number of bytes, got "
+                f"{memory!r}"
+            )
+        return cls(memory != "fast", memory == "lean-bf16")
 
     def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of g' and of cotangents of z that wait for the last pass."""
@@ -58,44 +63,42 @@ class Memory:
 # --- which values -----------------------------------------------------------------------------
 
 
-def kept_values(stage: Stage) -> frozenset[Op]:
-    """The values that the forward keeps besides the stage's inputs."""
-    dropped = dropped_values(stage)
-    forced = _inputs_of_dropped(stage, dropped)
-    depth: dict[Op, int] = {}
+def kept_values(
+    stage: Stage, dropped: frozenset[Op], checkpoints: frozenset[Op] = frozenset()
+) -> frozenset[Op]:
+    """The values that the forward keeps besides the stage's inputs.
+
+    Args:
+        dropped: outputs of convolutions that are not kept although a pass reads them.
+        checkpoints: values that are kept although no convolution stands between them and others.
+    """
+    forced = _inputs_of_dropped(stage, dropped) | checkpoints
     kept: set[Op] = set()
-
-    def visit(value: Op) -> int:
-        """How many residual sums must be made again one after the other to have ``value``."""
-        if value not in stage.producers:
-            return 0
-        if value not in depth:
-            unit = stage.producers[value]
-            if value in forced or (unit.dear and value not in dropped):
-                kept.add(value)
-                depth[value] = 0
-            else:
-                below = max((visit(v) for v in unit.inputs), default=0)
-                adds = isinstance(unit, Norm) and unit.residual is not None
-                depth[value] = below + adds
-                if depth[value] >= stage.memory.spacing:
-                    kept.add(value)
-                    depth[value] = 0
-        return depth[value]
-
-    for unit in stage.units:
-        for value in (*unit.reads, *unit.reads_for_weights):
-            visit(value)
+    pending = [v for unit in stage.units for v in (*unit.reads, *unit.reads_for_weights)]
+    seen: set[Op] = set()
+    while pending:
+        value = pending.pop()
+        if value in seen or value not in stage.producers:
+            continue
+        seen.add(value)
+        unit = stage.producers[value]
+        if value in forced or (unit.dear and value not in dropped):
+            kept.add(value)
+        else:
+            pending += unit.inputs
     return frozenset(kept)
 
 
-def dropped_values(stage: Stage) -> frozenset[Op]:
-    """Outputs of convolutions that are not kept although a pass reads them."""
-    names = stage.memory.dropped
-    candidates = droppable(stage)
-    if names is not None:
-        return frozenset(v for v in candidates if v.name in names)
-    return frozenset(_lean(stage, candidates))
+def sums_made_again(stage: Stage, dropped: frozenset[Op]) -> list[Op]:
+    """Outputs of residual sums that are made again, each from the one before it."""
+    kept = kept_values(stage, dropped)
+    found = [u.output for u in stage.units if isinstance(u, Norm) and u.residual is not None]
+    return [v for v in found if v not in kept]
+
+
+def lean_values(stage: Stage) -> frozenset[Op]:
+    """The outputs that the lean modes drop."""
+    return frozenset(_lean(stage, droppable(stage)))
 
 
 def droppable(stage: Stage) -> list[Op]:
@@ -105,7 +108,7 @@ def droppable(stage: Stage) -> list[Op]:
 
 
 def _lean(stage: Stage, candidates: list[Op]) -> list[Op]:
-    """In residual networks the convolutions that end a block, which in a bottleneck are four times
+    """In residual networks the first convolution and those that end a block, which in a bottleneck are four times
     as wide as those before them (a downsampling one would cost what it saves: its input would have
     to be kept in its place); in others 1x1 convolutions; else every other one. No convolution is
     made again from another that is."""
@@ -114,6 +117,8 @@ def _lean(stage: Stage, candidates: list[Op]) -> list[Op]:
     if sums:
         residuals = {n.residual for n in sums}
         ends = {n.z for n in sums} | {n.z for n in norms if n.output in residuals}
+        # the first one reads the images, which are there, and is as wide as it is cheap
+        ends |= {v for v in candidates if stage.producers[v].inputs[0] in stage.inputs}
         return [v for v in candidates if v in ends and _is_near(stage, v, frozenset(ends))]
     small = [v for v in candidates if v.module.kernel_size == (1, 1)]
     chosen: list[Op] = []
@@ -128,7 +133,9 @@ def _is_near(stage: Stage, value: Op, dropped: frozenset[Op]) -> bool:
     a kept convolution."""
     (source,) = stage.producers[value].inputs
     unit = stage.producers.get(source)
-    return isinstance(unit, Norm) and unit.residual is None and unit.z not in dropped
+    return source in stage.inputs or (
+        isinstance(unit, Norm) and unit.residual is None and unit.z not in dropped
+    )
 
 
 def _sources(stage: Stage, value: Op) -> set[Op]:
@@ -168,7 +175,7 @@ class Action:
 
 
 def schedule(
-    stage: Stage, active: tuple[Unit, ...], backward: bool, weights: frozenset[Unit]
+    stage: Stage, kept: frozenset[Op], active: tuple[Unit, ...], backward: bool, weights: frozenset[Unit]
 ) -> list[Action]:
     """The actions of one pass.
 
@@ -181,7 +188,7 @@ def schedule(
     made: set[Op] = set()
 
     def ensure(value: Op) -> None:
-        if value in made or value in stage.kept or value not in stage.producers:
+        if value in made or value in kept or value not in stage.producers:
             return
         unit = stage.producers[value]
         for source in unit.inputs:
@@ -193,15 +200,17 @@ def schedule(
         for value in _reads(unit, weights):
             ensure(value)
         actions.append(Action("visit", unit))
-    return _with_ends(stage, actions, weights)
+    return _with_ends(stage, kept, actions, weights)
 
 
 def _reads(unit: Unit, weights: frozenset[Unit]) -> tuple[Op, ...]:
     return (*unit.reads, *(unit.reads_for_weights if unit in weights else ()))
 
 
-def _with_ends(stage: Stage, actions: list[Action], weights: frozenset[Unit]) -> list[Action]:
-    last: dict[Op, int] = {value: -1 for value in stage.kept}
+def _with_ends(
+    stage: Stage, kept: frozenset[Op], actions: list[Action], weights: frozenset[Unit]
+) -> list[Action]:
+    last: dict[Op, int] = {value: -1 for value in kept}
     for index, action in enumerate(actions):
         assert action.unit is not None
         if action.verb == "again":
@@ -212,7 +221,7 @@ def _with_ends(stage: Stage, actions: list[Action], weights: frozenset[Unit]) ->
     ends: dict[int, list[Action]] = {}
     for value, index in last.items():
         if value in stage.producers:
-            verb: Literal["release", "drop"] = "release" if value in stage.kept else "drop"
+            verb: Literal["release", "drop"] = "release" if value in kept else "drop"
             ends.setdefault(index, []).append(Action(verb, value=value))
     result = list(ends.get(-1, []))
     for index, action in enumerate(actions):

@@ -39,10 +39,9 @@ class Run:
         self.stage, self.recording = stage, recording
         first = inputs[0]
         device = first.device.type
-        self.device, self.device_type = first.device, device
-        self.dtype = first.dtype
-        if torch.is_autocast_enabled(device) and first.dtype != torch.float64:
-            self.dtype = torch.get_autocast_dtype(device)
+        self.device = first.device
+        cast = modes.autocast_dtype(device)
+        self.dtype = first.dtype if cast is None or first.dtype == torch.float64 else cast
         self.backend = "meta" if device == "meta" else backends.resolve(first.device, self.dtype)
         self.stored_dtype = stage.memory.stored_dtype(self.dtype)
         self.state: dict[Unit, Any] = {}
@@ -122,6 +121,9 @@ class Run:
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of the stage."""
         stage = self.stage
+        if self.recording:
+            kind = "cpu" if self.device.type == "meta" else self.device.type
+            stage.prepare([x.shape for x in inputs], self.dtype.itemsize, kind)
         live: dict[Op, Tensor] = {}
         for value, x in zip(stage.inputs, inputs, strict=True):
             if x.dim() != 4 or not x.is_floating_point():
@@ -233,7 +235,9 @@ class Run:
         key = (active, backward, reading)
         schedules = self.stage.schedules
         if key not in schedules:
-            schedules[key] = keep.schedule(self.stage, active, backward, reading)
+            schedules[key] = keep.schedule(
+                self.stage, self.stage.kept, active, backward, reading
+            )
         return schedules[key]
 
     def _act(self, action: keep.Action, last: bool) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from camkernels.engine import keep
+from camkernels.engine import choose, keep
 from camkernels.engine.trace import Exit, Network, Op, values_in
 from camkernels.engine.units import Add, AvgPool, Cat, Conv, MaxPool, Norm, ReLU, Unit
 
@@ -46,10 +47,19 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.producers = {unit.output: unit for unit in self.units}
-        self.kept = keep.kept_values(self)
+        self.dropped: frozenset[Op] = frozenset()
+        self.kept: frozenset[Op] = frozenset()
+        self.prepared = False
         self.last_uses = self._last_uses()
         self.schedules: dict[Any, list[keep.Action]] = {}
         self.relu = any(getattr(unit, "relu", False) for unit in self.units)
+
+    def prepare(self, shapes: list[torch.Size], itemsize: int, device: str) -> None:
+        """Choose what is kept, at the first forward, when the sizes are known."""
+        if not self.prepared:
+            self.dropped, self.kept = choose.choose(self, shapes, itemsize, device)
+            self.schedules.clear()
+            self.prepared = True
 
     def _last_uses(self) -> list[list[Op]]:
         """Per unit: values that the forward needs no longer once it has run."""

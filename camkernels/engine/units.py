@@ -115,6 +115,10 @@ class Unit:
     def again(self, run: Run, *xs: Tensor) -> Tensor:
         return self.forward(run, *xs)
 
+    def outline(self, *xs: Tensor) -> Tensor:
+        """The output's shape, from tensors on the meta device."""
+        return xs[0]
+
     def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
         raise NotImplementedError
 
@@ -151,6 +155,10 @@ class Conv(Unit):
         weight, bias = run.cast(self.conv.weight), self.conv.bias
         run.state[self] = Geometry.of(x)
         return convolve(x, weight, None if bias is None else run.cast(bias), self.spec)
+
+    def outline(self, *xs: Tensor) -> Tensor:
+        weight = torch.empty(self.conv.weight.shape, device="meta")
+        return convolve(xs[0], weight, None, self.spec)
 
     def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
         if grad is None:
@@ -402,6 +410,9 @@ class Cat(Unit):
         run.state[self] = [Geometry.of(x) for x in xs]
         return torch.cat(xs, 1)
 
+    def outline(self, *xs: Tensor) -> Tensor:
+        return torch.cat(xs, 1)
+
     def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
         if grad is None:
             return (None,) * len(self.inputs)
@@ -450,6 +461,10 @@ class MaxPool(Unit):
         run.state[self] = PoolState(Geometry.of(x), positions.to(torch.int32))
         return y
 
+    def outline(self, *xs: Tensor) -> Tensor:
+        y: Tensor = aten.max_pool2d_with_indices(xs[0], *self.arguments)[0]
+        return y
+
     def again(self, run: Run, *xs: Tensor) -> Tensor:
         positions = run.state[self].positions
         gathered = xs[0].flatten(2).gather(2, positions.long().flatten(2))
@@ -482,6 +497,9 @@ class AvgPool(Unit):
 
     def forward(self, run: Run, *xs: Tensor) -> Tensor:
         run.state[self] = Geometry.of(xs[0])
+        return self.outline(*xs)
+
+    def outline(self, *xs: Tensor) -> Tensor:
         y: Tensor = aten.avg_pool2d(xs[0], *self.arguments)
         return y
 

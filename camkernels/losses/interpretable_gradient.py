@@ -211,8 +211,7 @@ class InterpretableGradientLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """E of every sample (B,), differentiable where ``train``; delta and delta_G, detached."""
         leaf = connected.leaf
-        device = connected.logits.device.type
-        no_autocast = torch.autocast(device, enabled=False)
+        no_autocast = modes.no_autocast(connected.logits.device)
         with torch.inference_mode(False), torch.enable_grad(), no_autocast:
             if targets.is_inference():
                 targets = targets.clone()  # an inference tensor cannot enter a graph

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
+from camkernels import modes
 from camkernels.nn import functional as F
 from camkernels.nn import modules
 from camkernels.nn._kinds import target_of
@@ -131,8 +132,6 @@ def _output_shape(conv: nn.Conv2d, input: Tensor) -> tuple[int, ...] | None:
 
 
 def _output_dtype(conv: nn.Conv2d, input: Tensor) -> torch.dtype:
-    device = input.device.type
     wide = torch.float64 in (input.dtype, conv.weight.dtype)
-    if torch.is_autocast_enabled(device) and not wide:
-        return torch.get_autocast_dtype(device)
-    return conv.weight.dtype
+    dtype = modes.autocast_dtype(input.device)
+    return conv.weight.dtype if dtype is None or wide else dtype

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from camkernels import backends
+from camkernels import backends, modes
 from camkernels.ops import _validate
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu import reference as _reference
@@ -319,9 +319,8 @@ def _convolution_inputs(
     x = _validate.floating_tensor("input", input, 4, "(N, C, H, W)")
     w = _validate.floating_tensor("weight", weight, 4, "(K, C / groups, kh, kw)")
     _validate.same_device("weight", w, "input", x)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, w.dtype):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = modes.autocast_dtype(x.device)
+    if dtype is not None and torch.float64 not in (x.dtype, w.dtype):
         x, w = x.to(dtype), w.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if w.dtype != x.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from camkernels import functional as F
+from camkernels import modes
 from camkernels.taps.head import ClosedFormHead
 from camkernels.taps.tap import Tap, TapError
 
@@ -54,7 +55,7 @@ class Evaluator:
                 )
         spatial = [self._spatial(a, n) for a, n in zip(activations, self.tap.names, strict=True)]
         head = None if self.reshape_transform is not None else self.tap.usable_head()
-        with torch.autocast(logits.device.type, enabled=False):
+        with modes.no_autocast(logits.device):
             if head is not None:
                 evaluation = self._by_closed_form(head, spatial[0], logits, classes)
                 if evaluation is not None:
@@ -71,7 +72,7 @@ class Evaluator:
         head = None if self.reshape_transform is not None else self.tap.usable_head()
         count = logits.shape[1]
         counted = torch.arange(count, device=logits.device)[None] != classes[:, None]
-        with torch.autocast(logits.device.type, enabled=False):
+        with modes.no_autocast(logits.device):
             if head is None:
                 maps = self._maps_of_all_classes_by_autograd(logits)
             else:
@@ -123,7 +124,7 @@ class Evaluator:
             False where the closed form has never held (a hook alters the head's values, say): the
             head is then given up for autograd. Once it has held, breaking it raises.
         """
-        if logits.shape[0] == 0:
+        if logits.shape[0] == 0 or logits.is_meta:
             return True
         score = logits.detach().gather(1, classes[:, None])[:, 0].to(total.dtype)
         offset = head.offset(classes)

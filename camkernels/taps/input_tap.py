@@ -149,11 +149,9 @@ class InputTap:
         if self._forward.mode not in (_TAPPED, _MEASURED):
             return None
         replaced, leaf = self._replace(args, kwargs)
-        kind = leaf.device.type
         self._forward.leaf, self._forward.replaced = weakref.ref(leaf), True
-        self._forward.float16 = leaf.dtype == torch.float16 or (
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        )
+        cast = modes.autocast_dtype(leaf.device)
+        self._forward.float16 = torch.float16 in (leaf.dtype, cast)
         return replaced
 
     def _mode(self) -> str:
