@@ -193,9 +193,7 @@ def choose(
     if memory.budget is None:
         dropped = keep.lean_values(stage) if memory.lean else frozenset()
         return dropped, _with_checkpoints(stage, dropped, sizes)
-    order = sorted(
-        keep.droppable(stage), key=lambda v: sizes.operations[v] / max(sizes.of[v], 1)
-    )
+    order = sorted(keep.droppable(stage), key=lambda v: sizes.operations[v] / max(sizes.of[v], 1))
     dropped = frozenset()
     smallest = None
     for value in (None, *order):

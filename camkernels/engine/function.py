@@ -34,9 +34,7 @@ WEIGHTS_TWICE = (
 def run_stage(stage: Stage, inputs: list[Tensor]) -> tuple[list[Tensor], Link | None]:
     """The stage's outputs, and what :func:`input_gradients` needs of it."""
     parameters = [p for p in parameters_of(stage) if p.requires_grad]
-    wanted = torch.is_grad_enabled() and bool(
-        parameters or any(x.requires_grad for x in inputs)
-    )
+    wanted = torch.is_grad_enabled() and bool(parameters or any(x.requires_grad for x in inputs))
     run = Run(stage, inputs, wanted)
     with modes.no_autocast(inputs[0].device):
         if not wanted:

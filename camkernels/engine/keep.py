@@ -175,7 +175,11 @@ class Action:
 
 
 def schedule(
-    stage: Stage, kept: frozenset[Op], active: tuple[Unit, ...], backward: bool, weights: frozenset[Unit]
+    stage: Stage,
+    kept: frozenset[Op],
+    active: tuple[Unit, ...],
+    backward: bool,
+    weights: frozenset[Unit],
 ) -> list[Action]:
     """The actions of one pass.
 

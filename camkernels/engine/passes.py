@@ -148,7 +148,9 @@ class Run:
         if self.recording:
             for value, y in zip(stage.outputs, outputs, strict=True):
                 if value in self.held:
-                    self.versions.append((f"the output of {value.name}", self.held[value], y._version))
+                    self.versions.append(
+                        (f"the output of {value.name}", self.held[value], y._version)
+                    )
         else:
             self.state.clear()
         return outputs
@@ -159,7 +161,9 @@ class Run:
                 self.versions.append((value.name, x.detach(), x._version))
         for module in self.stage.modules():
             for name, p in module.named_parameters(recurse=False):
-                self.versions.append((f"parameter {name} of {type(module).__name__}", p, p._version))
+                self.versions.append(
+                    (f"parameter {name} of {type(module).__name__}", p, p._version)
+                )
 
     def check(self) -> None:
         """Raise where the forward's values are gone, or no longer those of the forward."""
@@ -230,14 +234,14 @@ class Run:
         self, active: tuple[Unit, ...], backward: bool, weights: bool
     ) -> list[keep.Action]:
         reading = frozenset(
-            u for u in active if weights and u.reads_for_weights and u.conv.weight.requires_grad  # type: ignore[attr-defined]
+            u
+            for u in active
+            if weights and u.reads_for_weights and u.conv.weight.requires_grad  # type: ignore[attr-defined]
         )
         key = (active, backward, reading)
         schedules = self.stage.schedules
         if key not in schedules:
-            schedules[key] = keep.schedule(
-                self.stage, self.stage.kept, active, backward, reading
-            )
+            schedules[key] = keep.schedule(self.stage, self.stage.kept, active, backward, reading)
         return schedules[key]
 
     def _act(self, action: keep.Action, last: bool) -> None:

@@ -316,12 +316,19 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _max_pool(
-    kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: Any = False
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: Any = False,
 ) -> dict[str, Any]:
     size = _pair(kernel_size)
     return {
         "arguments": (
-            size, _pair(stride) if stride else size, _pair(padding), _pair(dilation),
+            size,
+            _pair(stride) if stride else size,
+            _pair(padding),
+            _pair(dilation),
             bool(ceil_mode),
         )  # fmt: skip
     }
@@ -338,8 +345,12 @@ def _avg_pool(
     size = _pair(kernel_size)
     return {
         "arguments": (
-            size, _pair(stride) if stride else size, _pair(padding), bool(ceil_mode),
-            bool(count_include_pad), divisor_override,
+            size,
+            _pair(stride) if stride else size,
+            _pair(padding),
+            bool(ceil_mode),
+            bool(count_include_pad),
+            divisor_override,
         )  # fmt: skip
     }
 
@@ -366,4 +377,3 @@ def _concatenation(target: Any, args: Any, kwargs: Any) -> tuple[str, Any, dict[
     if dim not in (1, -3) or not parts or not all(isinstance(p, Op) for p in parts):
         return None
     return "cat", tuple(parts), {}
-

@@ -163,9 +163,7 @@ def batch_norm_relu(
         z, weight, bias, residual, *constants, spec
     )
     if training:
-        norm.update_running(
-            running_mean, running_var, Statistics(mean, var, rstd, count), momentum
-        )
+        norm.update_running(running_mean, running_var, Statistics(mean, var, rstd, count), momentum)
     if residual is None and output.requires_grad:
         attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
     return output
@@ -236,9 +234,7 @@ def conv_bn_act(
         conv, spec,
     )  # fmt: skip
     if training:
-        norm.update_running(
-            running_mean, running_var, Statistics(mean, var, rstd, count), momentum
-        )
+        norm.update_running(running_mean, running_var, Statistics(mean, var, rstd, count), momentum)
     if residual is None and output.requires_grad:
         attach(output, z, weight, bias, Recipe(mean, rstd, var, spec))
     return output

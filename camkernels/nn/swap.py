@@ -26,9 +26,7 @@ _REPLICATE = "_replicate_for_data_parallel"
 _PATCHED = "it is patched on the instance"
 
 
-def swap_in(
-    model: nn.Module, engine: bool = False, memory: str | int | None = None
-) -> nn.Module:
+def swap_in(model: nn.Module, engine: bool = False, memory: str | int | None = None) -> nn.Module:
     """Make ``model`` cheap to differentiate twice, and guidable, in place.
 
     ReLU, Conv2d, BatchNorm2d, SyncBatchNorm and timm's BatchNormAct2d become those of

@@ -188,9 +188,10 @@ class Evaluator:
             if classes.is_inference():
                 classes = classes.clone()  # an inference tensor cannot enter a graph
             score = logits.gather(1, classes[:, None]).float().sum() * scale
-            found = torch.autograd.grad(
-                score, activations, create_graph=train, retain_graph=True, allow_unused=True
-            )
+            with modes.no_weight_gradients():  # nobody would read them
+                found = torch.autograd.grad(
+                    score, activations, create_graph=train, retain_graph=True, allow_unused=True
+                )
         gradients = []
         for gradient in found:
             if gradient is None:
