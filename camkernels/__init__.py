@@ -2,6 +2,7 @@
 
 from camkernels import nn
 from camkernels.backends import BackendUnavailableError, backend, current_backend
+from camkernels.engine import BudgetError, EngineError, PlanReport, input_gradients, plan_report
 from camkernels.explain import GradCAM
 from camkernels.functional import (
     MapStatistics,
@@ -24,10 +25,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "BudgetError",
     "CAMEntropyLoss",
+    "EngineError",
     "GradCAM",
     "InterpretableGradientLoss",
     "MapStatistics",
+    "PlanReport",
     "TapError",
     "backend",
     "cam_area",
@@ -39,9 +43,11 @@ __all__ = [
     "grad_cam",
     "gradient_error",
     "guided",
+    "input_gradients",
     "map_statistics",
     "nn",
     "no_weight_gradients",
+    "plan_report",
     "set_checks",
     "swap_in",
     "swap_out",

@@ -186,6 +186,61 @@ def test_checkpoints(reentrant: bool) -> None:
         assert u.grad.tolist() == expected
 
 
+# ---- leaves whose gradient nobody reads ----
+
+
+def test_the_mark_of_an_unread_leaf_is_its_own() -> None:
+    marked, other = leaf(), leaf()
+    modes.mark_unread(marked)
+    modes.mark_unread(marked)
+    assert modes.is_unread(marked)
+    made = (marked.detach(), marked.clone(), marked.view(2, 2), marked * 1, marked[:])
+    assert not any(map(modes.is_unread, (other, *made)))
+    assert marked.requires_grad
+    assert torch.autograd.grad(relu(marked), marked, GRAD)[0].tolist() == PLAIN
+
+
+# ---- autocast ----
+
+
+def test_autocast_of_meta_follows_the_cpu() -> None:
+    devices = ("cpu", "meta", torch.device("cpu"), torch.device("meta"))
+    for device in devices:
+        assert modes.autocast_dtype(device) is None
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                assert modes.autocast_dtype(device) == dtype
+                assert modes.autocast_dtype("cuda") is None
+                with torch.autocast("cpu", enabled=False):
+                    assert modes.autocast_dtype(device) is None
+        assert modes.autocast_dtype(device) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", torch.device("meta")])
+def test_no_autocast(device: torch.device | str) -> None:
+    place = torch.device(device)
+    one = torch.ones(2, 2, device=place)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+        with modes.no_autocast(device):
+            assert modes.autocast_dtype(device) is None
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+            assert (one @ one).dtype == torch.float32
+        assert modes.autocast_dtype(device) == torch.bfloat16, "the block outlived itself"
+    with modes.no_autocast(device):
+        assert modes.autocast_dtype(device) is None
+
+
+def test_convolutions_on_meta_have_the_dtype_of_those_on_the_cpu() -> None:
+    tensors = torch.ones(1, 3, 5, 5), torch.ones(2, 3, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [
+            ck.nn.functional.conv2d(*(t.to(device) for t in tensors)).dtype
+            for device in ("cpu", "meta")
+        ]
+    assert found == [torch.bfloat16] * 2
+
+
 # ---- transforms: right, or an error; never quietly plain ----
 
 

@@ -13,6 +13,7 @@ from benchmarks.members import (
     map_statistics,
     relu,
     step_cam_entropy,
+    step_engine,
     step_interpretable,
 )
 
@@ -30,6 +31,8 @@ MEMBERS: dict[str, Benchmark] = {
         step_cam_entropy.BENCHMARK,
         step_interpretable.BENCHMARK,
         step_interpretable.BFLOAT16,
+        step_engine.BENCHMARK,
+        step_engine.BFLOAT16,
     )
 }
 

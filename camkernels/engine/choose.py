@@ -8,6 +8,7 @@ choose.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from camkernels.engine import keep
-from camkernels.engine.units import Conv, Norm, Unit
+from camkernels.engine.conv_norm import Conv, Norm
+from camkernels.engine.units import Unit
 
 if TYPE_CHECKING:
     from camkernels.engine.plan import Stage
@@ -118,12 +120,13 @@ def _forward(stage: Stage, kept: frozenset[Op], sizes: Sizes, account: _Account)
 
 def _walk(
     stage: Stage, kept: frozenset[Op], sizes: Sizes, account: _Account, backward: bool, last: bool
-):  # type: ignore[no-untyped-def]
+) -> Iterator[Unit]:
     """Units in the order of a pass, with what is made again and let go accounted for."""
     units = tuple(stage.units)
     weights = frozenset(u for u in units if last and u.reads_for_weights)
     for action in keep.schedule(stage, kept, units, backward, weights):
         if action.verb == "visit":
+            assert action.unit is not None
             yield action.unit
         elif action.verb == "again":
             assert action.unit is not None
@@ -228,8 +231,17 @@ def _with_checkpoints(stage: Stage, dropped: frozenset[Op], sizes: Sizes) -> fro
         toggled = [chosen ^ {v} for v in candidates]
         found = min(toggled, key=cost, default=chosen)
         if cost(found) >= cost(chosen):
-            swapped = [chosen - {a} | {b} for a in chosen for b in candidates if b not in chosen]
-            found = min(swapped, key=cost, default=chosen)
+            found = min(_moved(chosen, candidates), key=cost, default=chosen)
         if cost(found) >= cost(chosen):
             return keep.kept_values(stage, dropped, chosen)
         chosen = found
+
+
+def _moved(chosen: frozenset[Op], candidates: list[Op]) -> list[frozenset[Op]]:
+    """The sets in which one of ``chosen`` is exchanged for one of its neighbours."""
+    found = []
+    for index, value in enumerate(candidates):
+        if value in chosen:
+            near = candidates[max(index - 2, 0) : index + 3]
+            found += [chosen - {value} | {other} for other in near if other not in chosen]
+    return found

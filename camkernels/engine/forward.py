@@ -63,6 +63,10 @@ class EngineForward:
             self._programs[key] = plan.make_program(network, key[1], self.memory)
         return self._programs[key]
 
+    def program_of(self, *args: Any, **kwargs: Any) -> Program:
+        """The program of this call."""
+        return self.program(CallShape.of(args, kwargs)[0])
+
     def _network(self, shape: CallShape) -> Network:
         for known, network in self._networks:
             if known == shape and network.holds():
@@ -237,4 +241,4 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-__all__ = ["EngineForward", "EngineError", "install", "make_network"]
+__all__ = ["EngineError", "EngineForward", "install", "make_network"]

@@ -32,7 +32,7 @@ WEIGHTS_TWICE = (
 
 
 def run_stage(stage: Stage, inputs: list[Tensor]) -> tuple[list[Tensor], Link | None]:
-    """The stage's outputs, and what :func:`input_gradients` needs of it."""
+    """The stage's outputs, and what :func:`stage_gradients` needs of it."""
     parameters = [p for p in parameters_of(stage) if p.requires_grad]
     wanted = torch.is_grad_enabled() and bool(parameters or any(x.requires_grad for x in inputs))
     run = Run(stage, inputs, wanted)
@@ -67,7 +67,7 @@ def link_between(logits: Tensor, leaf: Tensor) -> Link | None:
     return links[0] if joins else None
 
 
-def input_gradients(
+def stage_gradients(
     score: Tensor, link: Link, create_graph: bool
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of ``score`` by the stage's inputs, plain and guided, in one pass.

@@ -4,7 +4,8 @@ Convolutions are dear and everything else is one pass over memory. So what is ke
 convolutions (and sums), and only those from which all that the passes read can be made again
 without a convolution. The lean plans drop some of these too, and convolve again.
 
-A pass follows a schedule, computed once: make this value again, run that unit, let go of that value.
+A pass follows a schedule, computed once: make this value again, run that unit, let go of that
+value.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from camkernels.engine.units import Conv, Norm, Unit
+from camkernels.engine.conv_norm import Conv, Norm
+from camkernels.engine.units import ReLU, Unit
 
 if TYPE_CHECKING:
     from camkernels.engine.plan import Stage
@@ -108,10 +110,10 @@ def droppable(stage: Stage) -> list[Op]:
 
 
 def _lean(stage: Stage, candidates: list[Op]) -> list[Op]:
-    """In residual networks the first convolution and those that end a block, which in a bottleneck are four times
-    as wide as those before them (a downsampling one would cost what it saves: its input would have
-    to be kept in its place); in others 1x1 convolutions; else every other one. No convolution is
-    made again from another that is."""
+    """In residual networks the first convolution and those that end a block, which in a bottleneck
+    are four times as wide as those before them (a downsampling one would cost what it saves: its
+    input would have to be kept in its place); in others 1x1 convolutions; else every other one. No
+    convolution is made again from another that is."""
     norms = [u for u in stage.units if isinstance(u, Norm)]
     sums = [n for n in norms if n.residual is not None]
     if sums:
@@ -120,9 +122,9 @@ def _lean(stage: Stage, candidates: list[Op]) -> list[Op]:
         # the first one reads the images, which are there, and is as wide as it is cheap
         ends |= {v for v in candidates if stage.producers[v].inputs[0] in stage.inputs}
         return [v for v in candidates if v in ends and _is_near(stage, v, frozenset(ends))]
-    small = [v for v in candidates if v.module.kernel_size == (1, 1)]
+    near = [v for v in candidates if _is_near(stage, v, frozenset())]
     chosen: list[Op] = []
-    for value in small or candidates:
+    for value in [v for v in near if v.module.kernel_size == (1, 1)] or near:
         if not _sources(stage, value) & set(chosen):
             chosen.append(value)
     return chosen
@@ -133,9 +135,11 @@ def _is_near(stage: Stage, value: Op, dropped: frozenset[Op]) -> bool:
     a kept convolution."""
     (source,) = stage.producers[value].inputs
     unit = stage.producers.get(source)
-    return source in stage.inputs or (
-        isinstance(unit, Norm) and unit.residual is None and unit.z not in dropped
-    )
+    if source in stage.inputs:
+        return True
+    if isinstance(unit, Norm) and unit.residual is None:
+        return unit.z not in dropped
+    return isinstance(unit, ReLU) and unit.inputs[0] not in dropped
 
 
 def _sources(stage: Stage, value: Op) -> set[Op]:
@@ -214,7 +218,7 @@ def _reads(unit: Unit, weights: frozenset[Unit]) -> tuple[Op, ...]:
 def _with_ends(
     stage: Stage, kept: frozenset[Op], actions: list[Action], weights: frozenset[Unit]
 ) -> list[Action]:
-    last: dict[Op, int] = {value: -1 for value in kept}
+    last: dict[Op, int] = dict.fromkeys(kept, -1)
     for index, action in enumerate(actions):
         assert action.unit is not None
         if action.verb == "again":

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from camkernels import backends, modes
 from camkernels.engine import keep
+from camkernels.engine.conv_norm import Norm
 from camkernels.engine.plan import Stage
 from camkernels.engine.trace import Op
-from camkernels.engine.units import Norm, Record, Second, Stream, Unit
+from camkernels.engine.units import Record, Second, Stream, Unit
 from camkernels.ops._chain import implementation
 from camkernels.ops.batch_norm_relu import norm
 
@@ -176,8 +177,10 @@ class Run:
     def free(self) -> None:
         """Let go of all that was held."""
         self.consumed = True
-        for held in (self.held, self.state, self.second, self._cache):
-            held.clear()  # type: ignore[attr-defined]
+        self.held.clear()
+        self.state.clear()
+        self.second.clear()
+        self._cache.clear()
         self.versions.clear()
 
     # -- reverse -------------------------------------------------------------------------------
@@ -233,11 +236,7 @@ class Run:
     def _schedule(
         self, active: tuple[Unit, ...], backward: bool, weights: bool
     ) -> list[keep.Action]:
-        reading = frozenset(
-            u
-            for u in active
-            if weights and u.reads_for_weights and u.conv.weight.requires_grad  # type: ignore[attr-defined]
-        )
+        reading = frozenset(u for u in active if weights and u.learns_from_input())
         key = (active, backward, reading)
         schedules = self.stage.schedules
         if key not in schedules:
@@ -265,8 +264,8 @@ class Run:
         self.check()
         active = tuple(u for u in self.stage.units if u.output in self.of_inputs)
         readers: dict[Op, int] = {}
-        for unit in active:
-            for value in unit.inputs:
+        for reader in active:
+            for value in reader.inputs:
                 readers[value] = readers.get(value, 0) + 1
         for value in self.stage.outputs:
             readers[value] = readers.get(value, 0) + 1

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from camkernels.engine import choose, keep
+from camkernels.engine.conv_norm import Conv, Norm
 from camkernels.engine.trace import Exit, Network, Op, values_in
-from camkernels.engine.units import Add, AvgPool, Cat, Conv, MaxPool, Norm, ReLU, Unit
+from camkernels.engine.units import Add, AvgPool, Cat, MaxPool, ReLU, Unit
 
 _FOLLOWERS = ("relu", "add", "cat", "max_pool")
 # Calls of the user's code that may stand between two convolutions.
@@ -49,17 +50,17 @@ class Stage:
         self.producers = {unit.output: unit for unit in self.units}
         self.dropped: frozenset[Op] = frozenset()
         self.kept: frozenset[Op] = frozenset()
-        self.prepared = False
+        self.shapes: list[torch.Size] = []
         self.last_uses = self._last_uses()
         self.schedules: dict[Any, list[keep.Action]] = {}
         self.relu = any(getattr(unit, "relu", False) for unit in self.units)
 
     def prepare(self, shapes: list[torch.Size], itemsize: int, device: str) -> None:
         """Choose what is kept, at the first forward, when the sizes are known."""
-        if not self.prepared:
+        if not self.shapes:
             self.dropped, self.kept = choose.choose(self, shapes, itemsize, device)
             self.schedules.clear()
-            self.prepared = True
+            self.shapes = shapes
 
     def _last_uses(self) -> list[list[Op]]:
         """Per unit: values that the forward needs no longer once it has run."""
@@ -162,11 +163,11 @@ def _inside(network: Network) -> set[Op]:
     needed = _leads_to_convolution(network)
     inside: set[Op] = set()
     for op in network.ops:
+        reads = [i in inside for i in op.inputs]
         known = op.kind not in ("eager", "input")
-        entered = any(i in inside for i in op.inputs)
-        if op.kind in ("conv", "bn") or (known and entered and op in needed):
-            inside.add(op)
-        elif op.kind in _FOLLOWERS and all(i in inside for i in op.inputs):
+        leads = known and any(reads) and op in needed
+        follows = op.kind in _FOLLOWERS and all(reads)
+        if op.kind in ("conv", "bn") or leads or follows:
             inside.add(op)
     return inside
 

@@ -128,14 +128,15 @@ class _Tracer:
         stand_ins = [torch.empty(0) if isinstance(leaf, Op) else leaf for leaf in leaves]
         shape = CallShape.of(*pytree.tree_unflatten(stand_ins, structure))[0]
         traced = trace(module, module.training, shape)
-        mark = len(self.ops), len(self.exits), len(self.traces)
+        lists: tuple[list[Any], ...] = (self.ops, self.exits, self.traces)
+        mark = [len(kept) for kept in lists]
         self.traces.append(traced)
         self.modules[module] = module.training
         try:
             output = self._inline(traced, name, [leaf for leaf in leaves if isinstance(leaf, Op)])
         except RefusedError:
-            for kept, length in zip((self.ops, self.exits, self.traces), mark, strict=True):
-                del kept[length:]  # type: ignore[attr-defined]
+            for kept, length in zip(lists, mark, strict=True):
+                del kept[length:]
             raise
         self.exits.append(Exit(module, name, len(self.ops), args, output))
         return output
@@ -162,7 +163,7 @@ class _Tracer:
             args = map_aggregate(node.args, current)
             kwargs = map_aggregate(node.kwargs, current)
             if node.op == "output":
-                return args[0]  # type: ignore[index]
+                return args[0]
             if node.op == "call_module":
                 values[node] = self._module(traced, node, prefix, args, kwargs)
             elif node.op == "get_attr":
@@ -323,15 +324,8 @@ def _max_pool(
     ceil_mode: Any = False,
 ) -> dict[str, Any]:
     size = _pair(kernel_size)
-    return {
-        "arguments": (
-            size,
-            _pair(stride) if stride else size,
-            _pair(padding),
-            _pair(dilation),
-            bool(ceil_mode),
-        )  # fmt: skip
-    }
+    own_stride = _pair(stride) if stride else size
+    return {"arguments": (size, own_stride, _pair(padding), _pair(dilation), bool(ceil_mode))}
 
 
 def _avg_pool(
@@ -343,16 +337,9 @@ def _avg_pool(
     divisor_override: Any = None,
 ) -> dict[str, Any]:
     size = _pair(kernel_size)
-    return {
-        "arguments": (
-            size,
-            _pair(stride) if stride else size,
-            _pair(padding),
-            bool(ceil_mode),
-            bool(count_include_pad),
-            divisor_override,
-        )  # fmt: skip
-    }
+    own_stride = _pair(stride) if stride else size
+    flags = bool(ceil_mode), bool(count_include_pad)
+    return {"arguments": (size, own_stride, _pair(padding), *flags, divisor_override)}
 
 
 def _pooling(target: Any, args: Any, kwargs: Any) -> tuple[str, Any, dict[str, Any]] | None:

@@ -9,8 +9,7 @@
               the second-order gradient of the weight, and at every BatchNorm a cotangent of z that
               waits for the last backward
 
-Formulas: ``ops/batch_norm_relu/reference.py``, and what ``ops/conv_bn_act/op.py`` says of folding
-gamma rstd into the weight.
+Here the ones without parameters; ``conv_norm.py`` has convolution and BatchNorm.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from camkernels.nn import modules
 from camkernels.ops.batch_norm_relu import norm
-from camkernels.ops.batch_norm_relu.norm import NormSpec, Saved
-from camkernels.ops.conv2d.op import ConvSpec, Geometry, convolve, gradients
-from camkernels.ops.conv_bn_act.op import per_filter
+from camkernels.ops.conv2d.op import Geometry
 
 if TYPE_CHECKING:
+    from camkernels.engine.conv_norm import Conv, Norm
     from camkernels.engine.passes import Run
     from camkernels.engine.trace import Op
 
@@ -109,6 +106,10 @@ class Unit:
     def modules(self) -> list[nn.Module]:
         return []
 
+    def learns_from_input(self) -> bool:
+        """Whether a gradient of its parameters reads its input."""
+        return False
+
     def forward(self, run: Run, *xs: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -127,223 +128,6 @@ class Unit:
     ) -> Tensor | None:
         """``private``: the first of ``hs`` is nobody else's."""
         raise NotImplementedError
-
-
-class Conv(Unit):
-    """z = conv(x, W) + b."""
-
-    dear = True
-
-    def __init__(self, op: Op) -> None:
-        super().__init__(op)
-        self.conv: Any = op.module
-        self.padding = op.options["padding"]
-        self.norm: Norm | None = None
-        """The BatchNorm that alone reads z: g' comes from it, and gamma rstd goes into W."""
-        self.reads_for_weights = self.inputs
-
-    def modules(self) -> list[nn.Module]:
-        return [self.conv]
-
-    @property
-    def spec(self) -> ConvSpec:
-        conv = self.conv
-        return ConvSpec(conv.stride, self.padding, conv.dilation, conv.groups)
-
-    def forward(self, run: Run, *xs: Tensor) -> Tensor:
-        (x,) = xs
-        weight, bias = run.cast(self.conv.weight), self.conv.bias
-        run.state[self] = Geometry.of(x)
-        return convolve(x, weight, None if bias is None else run.cast(bias), self.spec)
-
-    def outline(self, *xs: Tensor) -> Tensor:
-        weight = torch.empty(self.conv.weight.shape, device="meta")
-        return convolve(xs[0], weight, None, self.spec)
-
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
-        if grad is None:
-            return (None,)
-        record, conv = stream.record, self.conv
-        scale = None
-        if record is not None:
-            if self.norm is None:
-                record.grads[self] = grad
-            else:
-                scale = run.scale(self.norm)
-        want_x, want_weight = run.leads(self.inputs[0], stream), stream.wants(conv.weight)
-        weight = run.cast(conv.weight)
-        folded = weight if scale is None or not want_x else weight * per_filter(scale, weight)
-        x = run.value(self.inputs[0]) if want_weight else run.state[self].blank(grad)
-        to_x, to_weight, _ = gradients(grad, x, folded, self.spec, (want_x, want_weight, False))
-        if to_weight is not None:
-            self._collect(stream, conv.weight, to_weight, scale)
-        if stream.wants(conv.bias):
-            to_bias = grad.sum((0, 2, 3))
-            self._collect(stream, conv.bias, to_bias, scale)
-        return (to_x,)
-
-    def _collect(
-        self, stream: Stream, parameter: nn.Parameter, value: Tensor, scale: Tensor | None
-    ) -> None:
-        assert stream.gradients is not None
-        if scale is not None:
-            value.mul_(scale.to(value.dtype).view(-1, *(1,) * (value.dim() - 1)))
-        accumulate(stream.gradients, parameter, value.to(parameter.dtype))
-
-    def tangent(
-        self, run: Run, record: Record, second: Second, hs: Cotangents, private: bool
-    ) -> Tensor | None:
-        (h,) = hs
-        folds = self.norm is not None
-        grad = run.prime(record, self.norm) if folds else run.take(record.grads, self)
-        if h is None or grad is None:
-            return None
-        weight = run.cast(self.conv.weight)
-        if run.weights_wanted and self.conv.weight.requires_grad:
-            to_weight = gradients(grad, h, weight, self.spec, (False, True, False))[1]
-            assert to_weight is not None
-            if self.norm is not None:
-                to_weight.mul_(per_filter(run.scale(self.norm), to_weight))
-            wide = to_weight.to(self.conv.weight.dtype)
-            accumulate(second.of_parameters, self.conv.weight, wide)
-        return convolve(h, weight, None, self.spec)
-
-
-@dataclass
-class NormState:
-    """What the forward of a BatchNorm leaves."""
-
-    spec: NormSpec
-    mean: Tensor
-    rstd: Tensor
-    inv_count: float
-    mask: Tensor | None
-
-
-class Norm(Unit):
-    """a = relu(bn(z) + s), sum and ReLU where they follow."""
-
-    def __init__(self, parts: list[Op], residual: Op | None, relu: bool) -> None:
-        super().__init__(parts[-1])
-        self.parts, self.residual, self.relu = parts, residual, relu
-        self.bn: Any = parts[0].module
-        self.z = parts[0].inputs[0]
-        self.inputs = (self.z,) if residual is None else (self.z, residual)
-        self.reads = (self.z,)
-        self.conv: Conv | None = None
-
-    def shortened(self, parts: list[Op]) -> Norm:
-        """The same without the operations that another BatchNorm has taken."""
-        if parts == self.parts:
-            return self
-        kinds = [part.kind for part in parts]
-        residual = self.residual if "add" in kinds else None
-        return Norm(parts, residual, parts[0].options["relu"] or "relu" in kinds)
-
-    @property
-    def name(self) -> str:
-        return self.parts[0].name
-
-    def modules(self) -> list[nn.Module]:
-        return [self.bn]
-
-    def _state(self, run: Run, z: Tensor, residual: Tensor | None) -> NormState:
-        arguments = modules.normalization_arguments(self.bn)
-        running = arguments["running_mean"], arguments["running_var"]
-        spec = NormSpec(
-            arguments["training"], arguments["eps"], self.relu, arguments["process_group"],
-            run.backend,
-        )  # fmt: skip
-        if spec.training:
-            norm.check_count(z, spec.group)
-        norm.check_residual(residual, z)
-        found = norm.statistics(z, *running, spec)
-        if spec.training:
-            norm.update_running(*running, found, arguments["momentum"])
-        return NormState(spec, found.mean, found.rstd, found.inv_count, None)
-
-    def _forward(self, run: Run, state: NormState, xs: tuple[Tensor, ...], mask: bool) -> Any:
-        z = xs[0]
-        residual = norm.conform(xs[1], z) if len(xs) > 1 else None
-        spec = state.spec
-        return spec.run(
-            "bn_fwd", z, state.mean, state.rstd, spec.per_channel(self.bn.weight, z),
-            spec.per_channel(self.bn.bias, z), residual, self.relu, mask,
-        )  # fmt: skip
-
-    def forward(self, run: Run, *xs: Tensor) -> Tensor:
-        residual = xs[1] if len(xs) > 1 else None
-        state = self._state(run, xs[0], residual)
-        masked = self.relu and residual is not None and run.recording
-        output: Tensor
-        output, mask = self._forward(run, state, xs, masked)
-        state.mask = mask if masked else None
-        run.state[self] = state
-        return output
-
-    def again(self, run: Run, *xs: Tensor) -> Tensor:
-        output: Tensor = self._forward(run, run.state[self], xs, False)[0]
-        return output
-
-    def _saved(self, run: Run) -> tuple[Saved, NormState]:
-        state: NormState = run.state[self]
-        z = run.value(self.z)
-        gamma = state.spec.per_channel(self.bn.weight, z)
-        beta = state.spec.per_channel(self.bn.bias, z)
-        return Saved(z, state.mean, state.rstd, gamma, beta, state.mask), state
-
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
-        nothing = (None,) * len(self.inputs)
-        waiting = None if stream.second is None else stream.second.of_z.pop(self, None)
-        saved, state = self._saved(run)
-        if waiting is not None:
-            waiting = norm.conform(waiting, saved.z)
-        if grad is None:
-            return (waiting, *nothing[1:])
-        record, spec = stream.record, state.spec
-        want_residual = self.residual is not None and run.leads(self.residual, stream)
-        weights = stream.wants(self.bn.weight) or stream.wants(self.bn.bias)
-        to_z, to_residual, sums, total = norm.first_order(
-            norm.conform(grad, saved.z), saved, spec, state.inv_count,
-            guided=stream.guided and self.relu, scaled=record is None, addend=waiting,
-            want_residual=want_residual, want_sums=weights,
-        )  # fmt: skip
-        for parameter, value in ((self.bn.weight, sums[1]), (self.bn.bias, sums[0])):
-            if stream.wants(parameter):
-                assert stream.gradients is not None
-                accumulate(stream.gradients, parameter, value.to(parameter.dtype, copy=True))
-        if record is not None:
-            record.primes[self] = to_z.to(run.stored_dtype)
-            record.sums[self] = total
-            if self.conv is None:
-                to_z = to_z * saved.scale.to(to_z.dtype).view(1, -1, 1, 1)
-        return (to_z, *((to_residual if want_residual else None,) if self.residual else ()))
-
-    def tangent(
-        self, run: Run, record: Record, second: Second, hs: Cotangents, private: bool
-    ) -> Tensor | None:
-        h, h_residual = hs if len(hs) > 1 else (hs[0], None)
-        prime = run.prime(record, self)
-        if prime is None or (h is None and h_residual is None):
-            return None
-        saved, state = self._saved(run)
-        z, gamma = saved.z, self.bn.weight
-        if h is not None:
-            laid = norm.conform(h, z)
-            h = laid if private or laid is not h else h.clone()
-        reuse = not run.keeps_graph and prime.dtype == run.stored_dtype
-        to_output, to_z, to_gamma = norm.second_order(
-            h, None if h_residual is None else norm.conform(h_residual, z),
-            norm.conform(prime, z), saved, state.spec, state.inv_count, record.sums[self], None,
-            None, inplace=True, reuse_prime=reuse,
-            want_gamma=run.weights_wanted and gamma is not None and gamma.requires_grad,
-        )  # fmt: skip
-        run.take(record.primes, self)
-        if to_gamma is not None:
-            accumulate(second.of_parameters, gamma, to_gamma.to(gamma.dtype))
-        if to_z is not None:
-            accumulate(second.of_z, self, to_z.to(run.stored_dtype))
-        return to_output
 
 
 class ReLU(Unit):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from camkernels import functional as F
 from camkernels import modes
-from camkernels.engine.function import input_gradients, link_between
+from camkernels.engine.gradients import input_gradients
 from camkernels.losses._common import check_choice, reduce
 from camkernels.taps.graph import Survey, survey, total
 from camkernels.taps.input_tap import UNCONNECTED, Connected, InputTap
@@ -219,9 +219,8 @@ class InterpretableGradientLoss(nn.Module):
             inner = self._cross_entropy(logits, targets, self.inner_reduction)
             scale = self._scale(connected)
             scaled = inner if scale is None else inner * scale
-            plain, guided = (
-                _in_float32(g) for g in _both_gradients(scaled, connected.logits, leaf, train)
-            )
+            found = input_gradients(scaled, connected.logits, leaf, create_graph=train)
+            plain, guided = (_in_float32(g) for g in found)
             if scale is not None:
                 guided, plain = guided / scale, plain / scale
             errors = F.gradient_error(plain, guided, self.error)
@@ -349,24 +348,6 @@ class _Terms:
         ):
             terms[name] = reduce(values, self.valid, "mean")
         return terms
-
-
-def _both_gradients(
-    score: Tensor, logits: Tensor, leaf: Tensor, create_graph: bool
-) -> tuple[Tensor, Tensor]:
-    """delta and delta_G of ``score``; in one pass where the engine runs the network."""
-    link = link_between(logits, leaf)
-    if link is not None:
-        (plain,), (guided,) = input_gradients(score, link, create_graph)
-        zero = torch.zeros_like(leaf) if plain is None or guided is None else leaf
-        return zero if plain is None else plain, zero if guided is None else guided
-    with modes.no_weight_gradients():
-        with modes.guided():
-            (found,) = torch.autograd.grad(score, leaf, retain_graph=True, materialize_grads=True)
-        (plain,) = torch.autograd.grad(
-            score, leaf, retain_graph=True, create_graph=create_graph, materialize_grads=True
-        )
-    return plain, found
 
 
 def _plain_relus(found: Survey) -> str:

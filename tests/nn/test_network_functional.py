@@ -1,5 +1,5 @@
-"""The network functions together in a graph: recipes, memory, passes, and what else PyTorch does
-with a graph (hooks, checkpoints, compilers, transforms)."""
+"""The network functions together in a graph: orders, recipes, and what PyTorch does with a graph
+(transforms, compilers)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn import eager
-from ops.oracle import lay_out, storages
+from nn.chain import LAYOUTS, images, mine, network, parameters, sides
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import camkernels as ck
 from camkernels import backends
@@ -22,68 +21,6 @@ pytestmark = pytest.mark.skipif(
     backends.triton_interpreted() or backends.unavailable_reason("cpu") is not None,
     reason="needs the C++ kernels, in a process that does not interpret Triton",
 )
-DOUBLE = torch.float64
-LAYOUTS = ("contiguous", "channels_last")
-C, SIDE = 8, 7
-PLANES = 2 * C * SIDE * SIDE  # elements of a z
-
-
-def parameters(dtype: torch.dtype = DOUBLE) -> dict[str, Tensor]:
-    """Of four convolutions with BatchNorm; one gamma is zero, one negative."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=DOUBLE)
-
-    found = {}
-    for i in range(4):
-        gamma = draw(C).abs() + 0.5
-        gamma[1], gamma[2] = 0.0, -gamma[2]
-        found |= {f"w{i}": draw(C, C, 3, 3) / 5, f"g{i}": gamma, f"b{i}": draw(C) / 2}
-    return {name: value.to(dtype) for name, value in found.items()}
-
-
-def images(layout: str = "contiguous", dtype: torch.dtype = DOUBLE) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return lay_out(torch.randn(2, C, SIDE, SIDE, generator=generator, dtype=DOUBLE), layout).to(
-        dtype
-    )
-
-
-def network(side: Any, x: Tensor, p: dict[str, Tensor], training: bool = True) -> Tensor:
-    """conv_bn_act twice, a residual block of it, and BatchNorm-ReLU-convolution."""
-
-    def unit(x: Tensor, i: int, **options: Any) -> Tensor:
-        return side.conv_bn_act(
-            x, p[f"w{i}"], None, None, None, p[f"g{i}"], p[f"b{i}"], padding=1, training=training,
-            **options,
-        )  # fmt: skip
-
-    a = unit(x, 0)
-    b = unit(unit(a, 1), 2, residual=a)
-    c = side.batch_norm_relu(b, None, None, p["g3"], p["b3"], training)
-    convolution = ours.conv2d if side is ours else F.conv2d
-    return convolution(c, p["w3"], padding=1)
-
-
-def run(side: Any, layout: str = "contiguous") -> Callable[..., Tensor]:
-    return lambda x, **p: network(side, lay_out(x, layout) if layout != "contiguous" else x, p)
-
-
-def sides(layout: str = "contiguous") -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    tensors = {"x": images(layout), **parameters()}
-    return tensors, expected(layout), eager.signed(tensors["x"].shape, 1)
-
-
-def expected(layout: str = "contiguous") -> dict[str, Tensor]:
-    tensors = {"x": images(layout), **parameters()}
-    return eager.two_orders(
-        lambda x, **p: network(eager, x, p), tensors, eager.signed(tensors["x"].shape, 1)
-    )
-
-
-def mine(x: Tensor, **p: Tensor) -> Tensor:
-    return network(ours, x, p)
 
 
 # ---- one graph, two orders; penalties on gradients of parameters are among them ----
@@ -210,135 +147,6 @@ def test_no_recipe_without_a_graph() -> None:
         with torch.set_grad_enabled(enabled):
             a = ours.batch_norm_relu(images(), None, None, p["g0"], p["b0"], True)
         assert not vars(a), "z lives as long as the output for nobody's use"
-
-
-# ---- memory ----
-
-
-class Saved:
-    """Bytes of what is saved inside the block, by storage."""
-
-    def __enter__(self) -> Saved:
-        self.tensors: list[Tensor] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
-        self._hooks.__enter__()
-        return self
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self.tensors.append(tensor)
-        return tensor
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def full(self, itemsize: int) -> dict[int, int]:
-        return {a: n for a, n in storages(self.tensors).items() if n >= PLANES * itemsize}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_saved_bytes(layout: str, dtype: torch.dtype) -> None:
-    p = {n: t.requires_grad_() for n, t in parameters(dtype).items()}
-    x = images(layout, dtype).requires_grad_()
-    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
-
-    def unit(x: Tensor, i: int, **options: Any) -> Tensor:
-        return ours.conv_bn_act(
-            x, p[f"w{i}"], None, None, None, p[f"g{i}"], p[f"b{i}"], padding=1, training=True,
-            **options,
-        )  # fmt: skip
-
-    size = PLANES * x.itemsize
-    with Saved() as plain:
-        y = unit(unit(unit(x, 0), 1), 2)
-    kept = plain.full(x.itemsize)
-    assert list(kept.values()) == [size] * 4, "x and the z of three ops"
-    with ck.no_weight_gradients(), Saved() as again:
-        cotangent = eager.signed(y.shape, 1, dtype)
-        (delta,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
-    new = {a: n for a, n in again.full(x.itemsize).items() if a not in kept}
-    assert list(new.values()) == [size] * 3, "one g' for each of three ops"
-    del delta
-    with Saved() as residual:
-        unit(x, 0, residual=x)
-    masks = [t for t in residual.tensors if t.dtype == torch.uint8]
-    bits = 2 * C * -(-SIDE * SIDE // 8) if layout == "contiguous" else 2 * SIDE * SIDE * -(-C // 8)
-    assert list(residual.full(x.itemsize).values()) == [size] * 2, "x and z"
-    assert [m.numel() for m in masks] == [bits]
-    with Saved() as alone:
-        ours.conv2d(ours.batch_norm_relu(x * 1, None, None, p["g0"], p["b0"], True), p["w1"])
-    assert list(alone.full(x.itemsize).values()) == [size], "z alone serves both"
-
-
-class Carried:
-    """Saved tensors are carried elsewhere: as copies, or as NumPy arrays that forget strides."""
-
-    def __init__(self, how: str) -> None:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(
-            (lambda t: t.detach().cpu().clone())
-            if how == "copies"
-            else (
-                lambda t: (
-                    t.detach().numpy().tobytes("C")
-                    and (t.dtype, t.shape, t.detach().contiguous().clone())
-                )
-            ),
-            (lambda t: t) if how == "copies" else (lambda kept: kept[2].clone()),
-        )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("how", ["copies", "without strides"])
-def test_saved_tensors_may_be_carried_elsewhere(how: str, layout: str) -> None:
-    tensors, truth, cotangent = sides(layout)
-    with Carried(how).hooks:
-        eager.assert_same(eager.two_orders(mine, tensors, cotangent), truth, 1e-9)
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_checkpoint(order: int) -> None:
-    tensors, truth, cotangent = sides()
-
-    def function(x: Tensor, **p: Tensor) -> Tensor:
-        return checkpoint(lambda v: network(ours, v, p), x, use_reentrant=False)
-
-    found = eager.two_orders(function, tensors, cotangent, order=order)
-    eager.assert_same(found, {n: truth[n] for n in found}, 1e-9)
-
-
-# ---- convolution passes ----
-
-
-def test_seven_passes_per_convolution() -> None:
-    """Forward, guided D, plain D, and F + W + D + W of the backward of the loss."""
-    p = {n: t.requires_grad_() for n, t in parameters(torch.float32).items()}
-    x = images(dtype=torch.float32).requires_grad_()
-    with eager.Convolutions() as counted:
-        loss = network(ours, x, p).flatten(1).mean(1).square().sum()
-        with ck.guided(), ck.no_weight_gradients():
-            (guided,) = torch.autograd.grad(loss, x, retain_graph=True)
-        with ck.no_weight_gradients():
-            (delta,) = torch.autograd.grad(loss, x, create_graph=True)
-        before = dict(counted.counts)
-        (loss + F.cosine_similarity(delta.flatten(1), guided.flatten(1)).mean()).backward()
-    assert before == {"F": 4, "D": 8, "W": 0}, "weight gradients in an input-gradient pass"
-    assert counted.counts == {"F": 8, "D": 12, "W": 8}
-    assert set(counted.filters) == {(C, C, 3, 3)}
-    assert all(t.grad is not None for t in p.values())
-
-
-def test_no_weight_gradients_leaves_them_out() -> None:
-    p = {n: t.requires_grad_() for n, t in parameters().items()}
-    x = images().requires_grad_()
-    y = mine(x, **p)
-    with ck.no_weight_gradients():
-        found = torch.autograd.grad(y.sum(), [x, *p.values()], retain_graph=True, allow_unused=True)
-        with pytest.raises(RuntimeError, match="not have been used"):
-            torch.autograd.grad(y.sum(), p["g1"], retain_graph=True)
-    assert found[0].any()
-    assert set(found[1:]) == {None}
-    (plain,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(plain, found[0])
 
 
 # ---- what is refused ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,42 @@ def test_two_processes_equal_one(
     print(f"largest difference {error:.1e}")
     shared = (alone["y"] - truth["y"][: SPLIT[0]]).abs().max()
     assert float(shared) > 1e-3, "statistics of one share alone would do"
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Any]:
+    """A group of this process alone, which takes every path of a larger one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def _penalty(op: str, wanted: str, group: Any) -> Tensor:
+    """The input's gradient of a penalty on the gradient of ``wanted``."""
+    given = problem()
+    t = {n: given[n].requires_grad_() for n in ("x", "w0", "g0", "b0")}
+    if op == "conv_bn_act":
+        y = ours.conv_bn_act(
+            t["x"], t["w0"], None, None, None, t["g0"], t["b0"], padding=1, training=True,
+            process_group=group,
+        )  # fmt: skip
+    else:
+        z = ours.conv2d(t["x"], t["w0"], padding=1)
+        y = ours.batch_norm_relu(z, None, None, t["g0"], t["b0"], True, process_group=group)
+    loss = (y * given["c"]).sum()
+    (first,) = torch.autograd.grad(loss, t[wanted], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), t["x"])
+    return second
+
+
+@pytest.mark.parametrize("op", ["conv_bn_act", "batch_norm_relu"])
+def test_a_penalty_on_dgamma_through_shared_statistics_raises(op: str, alone: Any) -> None:
+    with pytest.raises(NotImplementedError, match="cotangent of dgamma .* not supported"):
+        _penalty(op, "g0", alone)
+    assert bool(_penalty(op, "g0", None).any())
+    for wanted in ("x", "w0", "b0"):  # what is no cotangent of dgamma passes, and is right
+        found, truth = _penalty(op, wanted, alone), _penalty(op, wanted, None)
+        torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.base import device_of, every_backend
 from swapping import (
     Block,
     assert_same_step,
@@ -124,6 +125,37 @@ def test_batch_norm_refuses_what_pytorch_refuses(inside_group: bool) -> None:
             model(torch.ones(1, 3, 1, 1, dtype=torch.float64))
         with pytest.raises(ValueError, match="expected 4D input"):
             model(torch.ones(3, 5, 5, dtype=torch.float64))
+
+
+@every_backend
+@pytest.mark.parametrize("inside_group", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_of_an_empty_batch(
+    backend: str, inside_group: bool, momentum: float | None, training: bool
+) -> None:
+    """As PyTorch's own (2.13), in all: the batch is counted, the running statistics stay as they
+    are, and the gradients of the parameters are 0."""
+    norm = randomize_norms(nn.BatchNorm2d(3, momentum=momentum))
+    swapped, plain = swapped_alone(nn.Sequential(nn.Conv2d(3, 3, 3), norm, nn.ReLU()))
+    if not inside_group:
+        swapped, plain = ck.swap_in(copy.deepcopy(plain[1])), plain[1]
+    device = device_of(backend)
+    for model in (swapped, plain):
+        model.to(device, torch.float32).train(training)
+    before = copy.deepcopy(plain.state_dict())
+    found = []
+    for model in (swapped, plain):
+        x = torch.empty(0, 3, 5, 6, device=device, requires_grad=True)
+        with ck.backend(backend) if model is swapped else torch.enable_grad():  # type: ignore[arg-type]
+            y = model(x)
+            gradients = torch.autograd.grad(y.sum(), [x, *model.parameters()])
+        found.append([y, *gradients])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    torch.testing.assert_close(swapped.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    for name, value in swapped.state_dict().items():
+        counted = int(training and "num_batches" in name)
+        assert torch.equal(value, before[name] + counted if counted else before[name]), name
 
 
 @pytest.mark.parametrize("relu", [True, False])

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from ops.base import device_of, has_double, tested_backends
+from ops.base import device_of, every_backend, has_double, tested_backends
 from ops.batch_norm_cases import DIMS, NAMES, Case, build, call, check
 from torch import Tensor
 
@@ -49,6 +49,7 @@ def cases(backend: str) -> st.SearchStrategy[Case]:
         addend=st.booleans(),
         cotangents=st.booleans(),
         inplace=st.booleans(),
+        reuse_prime=st.booleans(),
         seed=st.integers(0, 2**31),
     )
 
@@ -86,6 +87,7 @@ OPTIONS = [
     {"cotangents": True, "residual": True}, {"inplace": True}, {"affine": "none"},
     {"affine": "zero"}, {"affine": "negative", "residual": True},
     {"inplace": True, "residual": True, "cotangents": True, "addend": True},
+    {"reuse_prime": True}, {"reuse_prime": True, "inplace": True, "training": False},
 ]  # fmt: skip
 
 
@@ -244,29 +246,57 @@ def test_inputs_stay(backend: str) -> None:
                     assert torch.equal(value, getattr(before, field)), f"{name} wrote {field}"
 
 
-@every_kernel_backend
+@every_backend
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_inplace_changes_nothing_but_the_memory(backend: str, channels_last: bool) -> None:
+@pytest.mark.parametrize("options", [(True, False), (False, True), (True, True)])
+def test_memory_given_over_changes_no_bit(
+    backend: str, options: tuple[bool, bool], channels_last: bool
+) -> None:
+    """The cotangent of g in the memory of h, and that of z in the memory of g'."""
     run = functools.partial(implementation, "batch_norm_relu", backend=backend)
-    for dtype in (torch.float32, torch.bfloat16):
-        case = Case((2, 11, 5, 7), dtype, channels_last, residual=True, cotangents=True)
-        given = build(case).on(device_of(backend))
-        apart = call(run, "bn_bwd_bwd", given)
-        given.case = dataclasses.replace(case, inplace=True)
-        for one, other in zip(apart, call(run, "bn_bwd_bwd", given), strict=True):
-            assert torch.equal(one, other)
+    inplace, reuse_prime = options
+    doubles = (torch.float64,) if has_double(backend) else ()
+    # rows of whole vectors, and rows that end within one
+    for shape in ((2, 5, 3, 7), (1, 8, 2, 4)) if SMALL else ((2, 11, 5, 7), (2, 64, 16, 16)):
+        for dtype in (torch.float32, torch.bfloat16, *doubles):
+            for residual in (False, True):
+                case = Case(shape, dtype, channels_last, residual=residual, cotangents=residual)
+                given = build(case).on(device_of(backend))
+                apart = call(run, "bn_bwd_bwd", given)
+                own = given.grad_grad.data_ptr(), given.grad_prime.data_ptr()
+                assert [r.data_ptr() in own for r in apart] == [False, False]
+                kept = given.map(Tensor.clone)
+                results = implementation("batch_norm_relu", "bn_bwd_bwd", backend)(
+                    given.grad_grad, given.grad_grad_residual, given.grad_prime, given.z,
+                    *given.per_channel, given.mask, given.sums, given.grad_sums, given.inv_count,
+                    given.c_gamma, given.c_beta, case.relu, inplace, reuse_prime,
+                )  # fmt: skip
+                for result, alone in zip(results, apart, strict=True):
+                    assert torch.equal(result, alone)
+                    assert result.stride() == given.z.stride()
+                for given_over, result, name, place in zip(
+                    options, results, ("grad_grad", "grad_prime"), own, strict=True
+                ):
+                    assert (result.data_ptr() == place) == given_over
+                    if not given_over:
+                        assert torch.equal(getattr(given, name), getattr(kept, name)), name
+                for name in ("z", "mean", "rstd", "sums", "grad_sums", "grad_grad_residual"):
+                    if getattr(given, name) is not None:
+                        assert torch.equal(getattr(given, name), getattr(kept, name)), name
 
 
-@every_kernel_backend
+@every_backend
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_empty_batch(backend: str, channels_last: bool) -> None:
+    """Of nothing every sum, mean and deviation is 0, and no result is NaN."""
     run = functools.partial(implementation, "batch_norm_relu", backend=backend)
     case = Case((0, 5, 3, 4), channels_last=channels_last, residual=True)
     given = build(case).on(device_of(backend))
-    given.mask = torch.empty(0, 1, dtype=torch.uint8, device=given.z.device)
     for name in NAMES:
         for result in call(run, name, given):
             assert result.numel() == 0 or not bool(result.any()), name
+    for result in call(run, "bn_stats", given):
+        assert result.tolist() == [0.0] * 5
 
 
 # ---- order of sums ----
@@ -297,11 +327,51 @@ def test_stores_past_the_caches(channels_last: bool, monkeypatch: pytest.MonkeyP
     run = functools.partial(implementation, "batch_norm_relu", backend="cpu")
     for dtype in (*FLOATS, torch.float64):
         for shape in ((2, 64, 8, 16), (2, 32, 64, 65)):
-            given = build(
-                Case(shape, dtype, channels_last, residual=True, addend=True, inplace=True)
-            )
-            for name in ("bn_fwd", "bn_bwd", "bn_bwd_bwd"):
-                plain = call(run, name, given)
-                with monkeypatch.context() as patched:
-                    patched.setattr(_cpu_view, "_STREAM_FROM", 0)
-                    assert all(map(torch.equal, plain, call(run, name, given)))
+            case = Case(shape, dtype, channels_last, residual=True, addend=True)
+            for inplace in (False, True):
+                for reuse_prime in (False, True):
+                    given = build(
+                        dataclasses.replace(case, inplace=inplace, reuse_prime=reuse_prime)
+                    )
+                    names = ("bn_fwd", "bn_bwd", "bn_bwd_bwd")
+                    for name in names[2:] if inplace or reuse_prime else names:
+                        plain = call(run, name, given)
+                        with monkeypatch.context() as patched:
+                            patched.setattr(_cpu_view, "_STREAM_FROM", 0)
+                            assert all(map(torch.equal, plain, call(run, name, given)))
+
+
+@pytest.mark.skipif(SMALL, reason="of the C++ kernels alone")
+@pytest.mark.skipif(backends.unavailable_reason("cpu") is not None, reason="no C++ module")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_larger_than_the_caches_give_over_their_memory(
+    dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a size that is stored past the caches without a patch."""
+    from camkernels.ops.batch_norm_relu import cpu as kernels  # where there is a C++ module
+
+    shape = (2, 64, 256, 256 if dtype == torch.float32 else 512)
+    layout = _layout.memory_format(channels_last)
+    z = torch.empty(shape, dtype=dtype).normal_().contiguous(memory_format=layout)
+    h, prime = z.flip(0).contiguous(memory_format=layout), (z * -0.5 + 1)
+    mean, rstd, gamma, beta, *_ = rows = torch.randn(9, 64).unbind(0)
+    rstd.abs_()
+    sums, grad_sums = torch.stack(rows[4:6]), torch.stack(rows[6:9])
+    streamed: list[bool] = []
+    decide = kernels._streams
+    monkeypatch.setattr(kernels, "_streams", lambda *a: streamed.append(decide(*a)) or streamed[-1])
+
+    def run(inplace: bool, reuse_prime: bool) -> tuple[Tensor, Tensor]:
+        return kernels.bn_bwd_bwd(
+            h, None, prime, z, mean, rstd, gamma, beta, None, sums, grad_sums, 1e-3, None, None,
+            True, inplace, reuse_prime,
+        )  # fmt: skip
+
+    assert z.numel() * z.itemsize >= _cpu_view._STREAM_FROM
+    apart = run(False, False)
+    to_grad, to_z = run(True, True)
+    assert streamed == [True, True]
+    assert (to_grad.data_ptr(), to_z.data_ptr()) == (h.data_ptr(), prime.data_ptr())
+    assert torch.equal(to_grad, apart[0])
+    assert torch.equal(to_z, apart[1])

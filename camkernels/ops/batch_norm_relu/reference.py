@@ -52,7 +52,7 @@ def rows(z: Tensor) -> Tensor:
 def pack_mask(positive: Tensor) -> Tensor:
     """Bits of a bool tensor (N, C, H, W), row by row of its memory."""
     flat = rows(positive)
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).view(flat.shape[0], -1, 8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).unflatten(1, (-1, 8))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=flat.device)
     return (padded.long() * weights).sum(2).to(torch.uint8)
 
@@ -107,9 +107,9 @@ def batch_norm_relu(
 
 
 def bn_stats(z: Tensor) -> tuple[Tensor, Tensor]:
-    """mean (C,), and the sum of squared deviations from it (C,)."""
+    """mean (C,), and the sum of squared deviations from it (C,); both 0 of an empty batch."""
     values = wide(z)
-    mean = values.mean((0, 2, 3))
+    mean = values.mean((0, 2, 3)) if z.numel() else values.sum((0, 2, 3))
     return mean, (values - channelwise(mean)).square().sum((0, 2, 3))
 
 
