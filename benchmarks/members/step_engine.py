@@ -183,6 +183,7 @@ BENCHMARK = Benchmark(
         "the optimiser's step is not included",
         "plain: cross-entropy alone, the model as it is (in-place ReLUs)",
         "eager: one forward; interpretable: both input gradients from its graph; cam: create_graph",
+        "saved MiB: what autograd holds; the engine holds its buffers itself, see the peaks",
         "the sides' agreement is checked in float64 at 2 x 64 x 64, in the layout of the case",
     ),
 )

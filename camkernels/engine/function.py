@@ -163,6 +163,7 @@ class InputGradientFunction(torch.autograd.Function):
         with modes.no_autocast(run.device):
             found = run.reverse(given, streams, last=False)
         ctx.run, ctx.record, ctx.count = run, record, count
+        ctx.given = [g is not None for g in grads[:count]]
         ctx.total = len(grads)
         ctx.inputs = len(found[0])
         ctx.set_materialize_grads(False)
@@ -190,7 +191,9 @@ class InputGradientFunction(torch.autograd.Function):
         run.keeps_graph, run.weights_wanted = _keeps_graph(), modes.weight_gradients_wanted()
         second = _second(run)
         with modes.no_autocast(run.device):
-            cotangents = run.tangent(ctx.record, hs[: ctx.inputs], second)
+            found = run.tangent(ctx.record, hs[: ctx.inputs], second)
+        # an output that the score does not depend on had no cotangent, and gets none
+        cotangents = [h if given else None for h, given in zip(found, ctx.given, strict=True)]
         if not run.keeps_graph:
             ctx.record = None
         # its mere presence makes autograd go on to the last backward

@@ -1,0 +1,11 @@
+"""One thread: the sizes here are small, and threads that wait for a busy machine cost a hundredfold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_same_state_for_every_test: None) -> None:
+    torch.set_num_threads(1)
