@@ -39,7 +39,7 @@ class EngineForward:
 
     def _forget(self) -> None:
         self._networks: list[tuple[CallShape, Network]] = []
-        self._programs: dict[tuple[int, frozenset[nn.Module]], Program] = {}
+        self._programs: dict[tuple[int, frozenset[tuple[nn.Module, bool]]], Program] = {}
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the network's class."""
@@ -146,8 +146,8 @@ def install(model: nn.Module, memory: str | int) -> EngineForward:
 # --- hooks ------------------------------------------------------------------------------------
 
 
-def _hooked(network: Network) -> frozenset[nn.Module]:
-    """Modules inside whose forward hooks are to be called.
+def _hooked(network: Network) -> frozenset[tuple[nn.Module, bool]]:
+    """Modules inside whose forward hooks are to be called, and whether one wants the inputs.
 
     Raises:
         EngineError: hooks that the engine cannot serve.
@@ -165,9 +165,9 @@ def _hooked(network: Network) -> frozenset[nn.Module]:
                 f"engine: {exit_.name} ({type(module).__name__}) has a forward pre-hook or a "
                 f"backward hook, which the engine does not call; {plan.WAY_OUT}"
             )
-        if any(getattr(h, "engine_needs", "all") != "nothing" for h in
-               module._forward_hooks.values()):  # fmt: skip
-            found.add(module)
+        needs = {getattr(h, "engine_needs", "all") for h in module._forward_hooks.values()}
+        if needs - {"nothing"}:
+            found.add((module, "all" in needs))
     return frozenset(found)
 
 
@@ -178,7 +178,7 @@ def _call_hooks(step: Hooked, env: dict[Op, Any]) -> None:
     def filled(structure: Any) -> Any:
         return pytree.tree_map_only(Op, lambda op: env.get(op), structure)
 
-    output, inputs = filled(step.exit.output), tuple(filled(step.exit.inputs))
+    output, inputs = filled(step.exit.output), tuple(filled(step.inputs))
     for key, hook in list(module._forward_hooks.items()):
         if getattr(hook, "engine_needs", "all") == "nothing":
             continue
@@ -214,7 +214,7 @@ def _execute(program: Program, tensors: list[Tensor]) -> Any:
         for op in ends:
             env.pop(op, None)
     output = pytree.tree_map_only(Op, lambda op: env[op], program.output)
-    if isinstance(output, Tensor) and links:
+    if isinstance(output, Tensor) and links and program.only_stages_read_inputs:
         setattr(output, LINKS, links)
     return output
 

@@ -96,6 +96,8 @@ class Hooked:
     """The forward hooks of a module that is not called itself."""
 
     exit: Exit
+    inputs: Any
+    """The module's inputs, where a hook wants them: they would be made for its sake."""
 
 
 Step = Stage | Call | Hooked
@@ -114,6 +116,12 @@ class Program:
     @property
     def stages(self) -> list[Stage]:
         return [step for step in self.steps if isinstance(step, Stage)]
+
+    @property
+    def only_stages_read_inputs(self) -> bool:
+        """Whether no call of the user's code and no hook is given what the network is given."""
+        others = (step for step in self.steps if not isinstance(step, Stage))
+        return not any(_reads(step) & set(self.network.inputs) for step in others)
 
 
 def check(network: Network) -> None:
@@ -172,16 +180,20 @@ def _inside(network: Network) -> set[Op]:
     return inside
 
 
-def make_program(network: Network, hooked: frozenset[nn.Module], memory: keep.Memory) -> Program:
+def make_program(
+    network: Network, hooked: frozenset[tuple[nn.Module, bool]], memory: keep.Memory
+) -> Program:
     """Divide a network that :func:`check` has passed.
 
     Args:
-        hooked: modules with forward hooks that are to be called.
+        hooked: modules with forward hooks that are to be called, and whether a hook wants the
+            module's inputs.
     """
     inside, called = network.inside, network.called()
+    wants_inputs = dict(hooked)
     exits: dict[int, list[Exit]] = {}
     for exit_ in network.exits:
-        if exit_.module in hooked and exit_.module not in called:
+        if exit_.module in wants_inputs and exit_.module not in called:
             exits.setdefault(exit_.position, []).append(exit_)
     pieces: list[Any] = []
     running: list[Op] = []
@@ -194,7 +206,8 @@ def make_program(network: Network, hooked: frozenset[nn.Module], memory: keep.Me
     for position, op in enumerate([*network.ops, None]):
         for exit_ in exits.get(position, ()):
             close()
-            pieces.append(Hooked(exit_))
+            inputs = exit_.inputs if wants_inputs[exit_.module] else ()
+            pieces.append(Hooked(exit_, inputs))
         if op is None:
             close()
         elif op in inside:
@@ -213,7 +226,7 @@ def _reads(piece: Any) -> set[Op]:
     if isinstance(piece, Call):
         return set(piece.op.inputs)
     if isinstance(piece, Hooked):
-        return {*values_in(piece.exit.inputs), *values_in(piece.exit.output)}
+        return {*values_in(piece.inputs), *values_in(piece.exit.output)}
     if isinstance(piece, Stage):
         return set(piece.inputs)
     return {i for op in piece for i in op.inputs} - set(piece)

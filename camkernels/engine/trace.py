@@ -84,7 +84,8 @@ class Network:
 
     def called(self) -> set[nn.Module]:
         """Modules that are called themselves."""
-        return {op.module for op in self.ops if op.module is not None and op not in self.inside}
+        calls = (op for op in self.ops if op not in self.inside and "attribute" not in op.options)
+        return {op.module for op in calls if op.module is not None}
 
     def holds(self) -> bool:
         """Whether nothing that was read has changed."""
@@ -209,7 +210,9 @@ class _Tracer:
             holder = module.get_submodule(path) if path else module
             return lambda: getattr(holder, attribute)
 
-        return self._eager(where, container, (), {}, read, f"it reads {target}")
+        op = self._eager(where, container, (), {}, read, f"it reads {target}")
+        op.options["attribute"] = True
+        return op
 
     def _eager(
         self, name: str, module: Any, args: Any, kwargs: Any, call: Callable[..., Any], reason: str

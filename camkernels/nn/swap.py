@@ -71,8 +71,8 @@ def swap_in(model: nn.Module, engine: bool = False, memory: str | int | None = N
     _refuse_wrapped(model)
     if memory is not None and not engine:
         raise ValueError("memory: belongs to the engine; pass engine=True")
+    forward = None if not engine else _engine_forward(model, "fast" if memory is None else memory)
     swap_out(model)
-    forward = _engine_forward(model, memory or "fast") if engine else None
     plan = _plan(model)
     for module, target in plan.classes:
         module.__dict__[_kinds.ORIGINAL] = type(module)
