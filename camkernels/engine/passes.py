@@ -122,9 +122,6 @@ class Run:
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of the stage."""
         stage = self.stage
-        if self.recording:
-            kind = "cpu" if self.device.type == "meta" else self.device.type
-            stage.prepare([x.shape for x in inputs], self.dtype.itemsize, kind)
         live: dict[Op, Tensor] = {}
         for value, x in zip(stage.inputs, inputs, strict=True):
             if x.dim() != 4 or not x.is_floating_point():
@@ -134,6 +131,8 @@ class Run:
                 )
             live[value] = norm.dense(x.detach().to(self.dtype))
         if self.recording:
+            kind = "cpu" if self.device.type == "meta" else self.device.type
+            stage.prepare([x.shape for x in inputs], self.dtype.itemsize, kind)
             self._watch(inputs)
             self.held.update(live)
         for unit, ends in zip(stage.units, stage.last_uses, strict=True):

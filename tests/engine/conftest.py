@@ -1,4 +1,4 @@
-"""One thread: the sizes here are small, and threads that wait for a busy machine cost a hundredfold."""
+"""One thread: sizes here are small, and threads that wait on a busy machine cost a hundredfold."""
 
 from __future__ import annotations
 
