@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import gc
 import os
 import random
 import sys
@@ -128,13 +129,16 @@ class Watch:
         self.frames[function.__code__] = function.__globals__
         before = _State.of(container)
         names = {id(module): name for name, module in container.named_modules()}
-        profile = sys.getprofile()
+        profile, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # what runs when garbage is collected is no part of the forward
         nn.Module.__getattribute__ = self._recorder(names)  # type: ignore[method-assign,assignment]
         sys.setprofile(self._on_call)
         try:
             yield
         finally:
             sys.setprofile(profile)
+            if collects:
+                gc.enable()
             del nn.Module.__getattribute__
             effect = before.restore(container)
         if effect is not None:

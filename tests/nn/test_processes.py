@@ -144,7 +144,7 @@ def _penalty(op: str, wanted: str, group: Any) -> Tensor:
 
 @pytest.mark.parametrize("op", ["conv_bn_act", "batch_norm_relu"])
 def test_a_penalty_on_dgamma_through_shared_statistics_raises(op: str, alone: Any) -> None:
-    with pytest.raises(NotImplementedError, match="cotangent of dgamma .* not supported"):
+    with pytest.raises(NotImplementedError, match=r"cotangent of dgamma .* not supported"):
         _penalty(op, "g0", alone)
     assert bool(_penalty(op, "g0", None).any())
     for wanted in ("x", "w0", "b0"):  # what is no cotangent of dgamma passes, and is right

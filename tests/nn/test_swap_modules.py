@@ -137,9 +137,8 @@ def test_batch_norm_of_an_empty_batch(
     """As PyTorch's own (2.13), in all: the batch is counted, the running statistics stay as they
     are, and the gradients of the parameters are 0."""
     norm = randomize_norms(nn.BatchNorm2d(3, momentum=momentum))
-    swapped, plain = swapped_alone(nn.Sequential(nn.Conv2d(3, 3, 3), norm, nn.ReLU()))
-    if not inside_group:
-        swapped, plain = ck.swap_in(copy.deepcopy(plain[1])), plain[1]
+    layers = [nn.Conv2d(3, 3, 3), norm, nn.ReLU()] if inside_group else [norm]
+    swapped, plain = swapped_alone(nn.Sequential(*layers))
     device = device_of(backend)
     for model in (swapped, plain):
         model.to(device, torch.float32).train(training)

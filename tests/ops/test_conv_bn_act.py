@@ -125,6 +125,24 @@ def test_two_orders_equal_eager(backend: str, options: str, channels: str, layou
         eager.assert_same(*call.both_sides(), 1e-9)
 
 
+@every_backend
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_loss_and_a_penalty_in_one_backward(backend: str, options: str) -> None:
+    """The cotangent of z that the double backward leaves joins that of the output."""
+    call = Call(channels="negative gamma", **OPTIONS[options])
+    leaves = {n: None if t is None else t.requires_grad_() for n, t in call.tensors.items()}
+    wanted = [t for t in leaves.values() if t is not None]
+    found = []
+    for function in (ours.conv_bn_act, eager.conv_bn_act):
+        with ck.backend(backend):  # type: ignore[arg-type]
+            loss = (call.of(function)(**leaves) * call.cotangent).square().sum()
+            (delta,) = torch.autograd.grad(loss, leaves["x"], create_graph=True)
+            found.append(torch.autograd.grad(loss + delta.square().sum(), wanted))
+    for one, other in zip(*found, strict=True):
+        scale = max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * scale)
+
+
 @hypothesis.given(data=st.data())
 def test_any_geometry(data: Any) -> None:
     def draw(low: int, high: int) -> int:
