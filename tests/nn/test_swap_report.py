@@ -194,8 +194,8 @@ def test_refuses_wrapped_networks(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     with pytest.raises(TypeError, match="expected a torch"):
         ck.swap_in("model")
-    with pytest.raises(NotImplementedError, match="next release"):
-        ck.swap_in(model, engine=True)
+    with pytest.raises(ValueError, match="belongs to the engine"):
+        ck.swap_in(small_network(), memory="lean")
 
 
 def test_forward_patched_on_the_instance() -> None:
