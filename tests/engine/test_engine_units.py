@@ -19,7 +19,7 @@ from engine.engine_cases import (
     network,
     stages,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from nn.swapping import randomize_norms
 from torch import Tensor, nn
@@ -226,7 +226,6 @@ def _check_schedules(stage: Stage, dropped: frozenset[Any], kept: frozenset[Any]
 
 
 @given(pieces=graphs(), data=st.data())
-@settings(max_examples=60)
 def test_schedules_of_random_graphs(
     pieces: list[tuple[str, int, bool]], data: st.DataObject
 ) -> None:
