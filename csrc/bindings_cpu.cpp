@@ -23,6 +23,7 @@ int g_level = kBaseline;
 void define_relu(py::module_&);
 void define_gradient_error(py::module_&);
 void define_batch_norm_relu(py::module_&);
+void define_max_pool(py::module_&);
 
 namespace {
 
@@ -172,4 +173,5 @@ PYBIND11_MODULE(_cpu, module) {
   define_relu(module);
   define_gradient_error(module);
   define_batch_norm_relu(module);
+  define_max_pool(module);
 }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.conv2d.op import Geometry
+from camkernels.ops.max_pool.reference import Window, max_pool
 
 if TYPE_CHECKING:
     from camkernels.engine.conv_norm import Conv, Norm
@@ -228,40 +229,47 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 class PoolState:
     geometry: Geometry
     positions: Tensor
-    """Of the maxima in their planes, (B, C, h, w) int32."""
+    """Of the maxima in their windows, (B, C, h, w) uint8."""
 
 
 class MaxPool(Unit):
-    """The maximum of each window; the positions are kept."""
+    """The maximum of each window; the positions are kept.
+
+    Raises:
+        ValueError: a window has more elements than a position can number.
+    """
 
     def __init__(self, op: Op) -> None:
         super().__init__(op)
-        self.arguments = op.options["arguments"]
+        try:
+            self.window = Window(*op.options["arguments"])
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name}: the engine cannot run this max_pool2d: {error}"
+            ) from None
 
     def forward(self, run: Run, *xs: Tensor) -> Tensor:
         (x,) = xs
         y: Tensor
-        y, positions = aten.max_pool2d_with_indices(x, *self.arguments)
-        run.state[self] = PoolState(Geometry.of(x), positions.to(torch.int32))
+        y, positions = run.kernel("max_pool", "max_pool_fwd")(x, self.window)
+        run.state[self] = PoolState(Geometry.of(x), positions)
         return y
 
     def outline(self, *xs: Tensor) -> Tensor:
-        y: Tensor = aten.max_pool2d_with_indices(xs[0], *self.arguments)[0]
-        return y
+        return max_pool(xs[0], self.window)
 
     def again(self, run: Run, *xs: Tensor) -> Tensor:
         positions = run.state[self].positions
-        gathered = xs[0].flatten(2).gather(2, positions.long().flatten(2))
-        return gathered.view(positions.shape).contiguous(memory_format=memory_format_of(positions))
+        y: Tensor = run.kernel("max_pool", "max_pool_gather")(xs[0], positions, self.window)
+        return y
 
     def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
         if grad is None:
             return (None,)
         state: PoolState = run.state[self]
-        to_x: Tensor = aten.max_pool2d_with_indices_backward(
-            grad, state.geometry.blank(grad), *self.arguments, state.positions.long()
-        )
-        return (to_x,)
+        size = (state.geometry.shape[2], state.geometry.shape[3])
+        scatter = run.kernel("max_pool", "max_pool_scatter")
+        return (scatter(grad, state.positions, self.window, size),)
 
     def tangent(
         self, run: Run, record: Record, second: Second, hs: Cotangents, private: bool

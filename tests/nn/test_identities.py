@@ -79,6 +79,31 @@ def test_the_second_order_is_the_adjoint_of_the_first(
 
 
 @pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("op", ["batch_norm_relu", "conv_bn_act"])
+def test_the_second_order_knows_that_scale_does_not_matter(op: str, layout: str) -> None:
+    """L(t x) = L(x) for t > 0 where BatchNorm comes first, so that <g, x> = 0 and H x = -g.
+
+    A Hessian without BatchNorm's own curvature would be symmetric too.
+    """
+    x = torch.randn(8, 64, 28, 28).contiguous(memory_format=FORMATS[layout]).requires_grad_()
+    gamma, beta, weight = torch.randn(64), torch.randn(64), torch.randn(64, 64, 3, 3) / 24
+    if op == "conv_bn_act":
+        y = ours.conv_bn_act(
+            x, weight, None, None, None, gamma, beta, padding=1, training=True, eps=0.0
+        )
+    else:
+        y = ours.batch_norm_relu(x, None, None, gamma, beta, True, eps=0.0)
+    loss = (y * torch.randn_like(y)).sum() + y.pow(3).sum() / 3
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    (hx,) = torch.autograd.grad(g, x, x.detach())
+    g = g.detach()
+    assert bool(g.any())
+    x = x.detach()
+    assert abs(inner(g, x)) <= 1e-4 * size(g, x)
+    assert float((hx + g).norm()) <= 1e-4 * float(g.norm())
+
+
+@pytest.mark.parametrize("layout", FORMATS)
 def test_the_hessian_of_a_network_is_symmetric(layout: str) -> None:
     torchvision = pytest.importorskip("torchvision", reason="the network is torchvision's")
     model = ck.swap_in(torchvision.models.resnet18(num_classes=10).train())

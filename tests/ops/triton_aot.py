@@ -28,6 +28,7 @@ from triton.runtime import driver
 
 import camkernels.ops
 from camkernels.ops import _triton_launch as host
+from camkernels.ops.max_pool.reference import Window
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,8 +56,8 @@ class AbsentGPU:
 class Case(NamedTuple):
     """One call of an op; ``wanted`` says which cotangents its backward makes.
 
-    Of batch_norm_relu and relu, all kernels: ``pooled`` with residual, mask and all that is
-    optional, or with none of it.
+    Of batch_norm_relu, relu and max_pool, all kernels: ``pooled`` with residual, mask and all that
+    is optional, or with none of it (max_pool: two windows).
     """
 
     op: str
@@ -92,6 +93,12 @@ NETWORK = (
     ((64, 64, 56, 56), "float32", "nchw", False),
     ((64, 512, 7, 7), "float16", "nchw", True),
 )
+# The stem of ResNets (``pooled``), and a window of many taps.
+POOLING = (
+    ((64, 64, 112, 112), "float32", "nchw", True),
+    ((64, 64, 112, 112), "bfloat16", "channels_last", True),
+    ((20, 512, 13, 13), "float16", "nchw", False),
+)
 
 
 def cases(group: str) -> Iterator[Case]:
@@ -103,6 +110,8 @@ def cases(group: str) -> Iterator[Case]:
             yield Case("batch_norm_relu", *case)
         yield from (Case("relu", (64, 64, 56, 56), dtype) for dtype in ("float32", "bfloat16"))
         yield Case("gradient_error", (8, 3, 224, 224))
+        for case in POOLING:
+            yield Case("max_pool", *case)
         return
     shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
     layouts = ("nchw", "channels_last", "sliced")
@@ -118,6 +127,11 @@ def cases(group: str) -> Iterator[Case]:
         yield Case("batch_norm_relu", shape, dtype, layout, pooled)
     for shape, dtype in itertools.product(((64, 64, 56, 56), (3, 5, 7, 9)), DTYPES):
         yield Case("relu", shape, dtype)
+    shapes = ((64, 64, 112, 112), (20, 512, 13, 13), (9, 5, 7, 6))
+    for shape, dtype, layout, pooled in itertools.product(
+        shapes, DTYPES, ("nchw", "channels_last"), (True, False)
+    ):
+        yield Case("max_pool", shape, dtype, layout, pooled)
 
 
 def make(shape: tuple[int, ...], dtype: str, layout: str) -> Tensor:
@@ -159,6 +173,15 @@ def call_gradient_error(case: Case, backend: Any) -> None:
         backend.gradient_error_bwd(errors, delta, delta, statistics, error)
 
 
+def call_max_pool(case: Case, backend: Any) -> None:
+    x, size = make(case.shape, case.dtype, case.layout), (case.shape[2], case.shape[3])
+    stem, many = ((3, 3), (2, 2), (1, 1), (1, 1)), ((5, 5), (1, 1), (2, 2), (1, 1))
+    window = Window(*(stem if case.pooled else many))
+    y, positions = backend.max_pool_fwd(x, window)
+    backend.max_pool_gather(x, positions, window)
+    backend.max_pool_scatter(y, positions, window, size)
+
+
 def call(case: Case) -> None:
     """Forward and backward of one case, as the ops call the backend."""
     backend = importlib.import_module(f"camkernels.ops.{case.op}.triton")
@@ -166,6 +189,7 @@ def call(case: Case) -> None:
         "relu": call_relu,
         "batch_norm_relu": call_batch_norm_relu,
         "gradient_error": call_gradient_error,
+        "max_pool": call_max_pool,
     }
     if case.op in own:
         own[case.op](case, backend)
