@@ -196,7 +196,7 @@ class InputGradientFunction(torch.autograd.Function):
         cotangents = [h if given else None for h, given in zip(found, ctx.given, strict=True)]
         if not run.keeps_graph:
             ctx.record = None
-        # its mere presence makes autograd go on to the last backward
+        # the edge of the token, not this value, is what puts the last backward after this pass
         token = torch.zeros((), device=run.device)
         rest = (None,) * (ctx.total - ctx.count)
         return (None, token, None, None, None, *cotangents, *rest)

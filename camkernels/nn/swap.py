@@ -47,8 +47,8 @@ def swap_in(model: nn.Module, engine: bool = False, memory: str | int | None = N
             that DistributedDataParallel cannot overlap communication with it.
         memory: of the engine: ``"fast"`` (the default) keeps the outputs of convolutions and what
             the double backward needs; ``"lean"`` convolves once more per block and pass instead;
-            ``"lean-bf16"`` also stores the second-order tensors in bfloat16, at a relative error of
-            about 1e-3 in the regulariser's gradient.
+            ``"lean-bf16"`` also stores the second-order tensors in bfloat16, which rounds
+            the regulariser's gradient.
 
     Returns:
         ``model``.

@@ -2,8 +2,8 @@
 
 With stride s the pixels of the image fall into s x s phases, and the gradient of each phase is a
 dense convolution of the output's gradient with every s-th weight. All phases are one convolution to
-(C s s) channels, which a pixel shuffle puts in their places. oneDNN's own data gradient of a 7x7,
-stride-2 convolution of three channels runs at a quarter of the speed of its other convolutions.
+(C s s) channels, which a pixel shuffle puts in their places. oneDNN's own data gradient of a
+strided convolution of few channels is far slower than its other convolutions.
 """
 
 from __future__ import annotations
