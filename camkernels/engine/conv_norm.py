@@ -70,7 +70,7 @@ class Conv(Unit):
                 scale = run.scale(self.norm)
         want_x, want_weight = run.leads(self.inputs[0], stream), stream.wants(conv.weight)
         weight = run.cast(conv.weight)
-        folded = weight if scale is None or not want_x else weight * per_filter(scale, weight)
+        folded = weight if scale is None or not want_x else run.folded(self, weight, scale)
         x = run.value(self.inputs[0]) if want_weight else run.state[self].blank(grad)
         to_x, to_weight, _ = gradients(grad, x, folded, self.spec, (want_x, want_weight, False))
         if to_weight is not None:

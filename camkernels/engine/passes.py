@@ -16,6 +16,7 @@ from camkernels.engine.trace import Op
 from camkernels.engine.units import Record, Second, Stream, Unit
 from camkernels.ops._chain import implementation
 from camkernels.ops.batch_norm_relu import norm
+from camkernels.ops.conv_bn_act.op import per_filter
 
 CONSUMED = (
     "the engine's buffers of this forward were freed by an earlier backward; pass "
@@ -58,6 +59,9 @@ class Run:
         )
         self.skipped: frozenset[Op] = frozenset()
         self._cache: dict[Op, Tensor] = {}
+        self._casts: dict[Tensor, Tensor] = {}
+        self._caches_casts = recording and torch.is_autocast_cache_enabled()
+        self._folded: tuple[Unit, Tensor] | None = None
         wanted = [x.requires_grad for x in inputs]
         self.of_inputs = self._dependents({v for v, w in zip(stage.inputs, wanted, strict=True)
                                            if w}, parameters=False)  # fmt: skip
@@ -84,8 +88,19 @@ class Run:
         return self.held[op] if found is None else found
 
     def cast(self, parameter: Tensor) -> Tensor:
-        """A parameter in the dtype that the stage computes in."""
-        return parameter.detach().to(self.dtype)
+        """A parameter in the dtype that the stage computes in; made once where autocast's own
+        cache would keep it for the backward too."""
+        if parameter.dtype == self.dtype or not self._caches_casts:
+            return parameter.detach().to(self.dtype)
+        if parameter not in self._casts:
+            self._casts[parameter] = parameter.detach().to(self.dtype)
+        return self._casts[parameter]
+
+    def folded(self, unit: Unit, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight of a convolution times gamma rstd per filter; streams share it."""
+        if self._folded is None or self._folded[0] is not unit:
+            self._folded = unit, weight * per_filter(scale, weight)
+        return self._folded[1]
 
     def kernel(self, op: str, name: str) -> Callable[..., Any]:
         return implementation(op, name, self.backend)
@@ -180,6 +195,7 @@ class Run:
         self.state.clear()
         self.second.clear()
         self._cache.clear()
+        self._casts.clear()
         self.versions.clear()
 
     # -- reverse -------------------------------------------------------------------------------
@@ -218,6 +234,7 @@ class Run:
                         if grad is not None and self.leads(value, stream):
                             table.add(value, grad, private=not unit.shares)
                     del found
+                self._folded = None
                 if last:
                     self.state.pop(unit, None)
             else:

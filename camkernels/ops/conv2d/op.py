@@ -21,7 +21,7 @@ from torch import Tensor
 
 from camkernels import modes
 from camkernels.ops.batch_norm_relu.recipe import Recipe
-from camkernels.ops.conv2d import few_channels
+from camkernels.ops.conv2d import few_channels, pointwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +60,13 @@ def _widened(*tensors: Tensor | None) -> list[Tensor | None] | None:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     dtype = x.dtype
     wide = _widened(x, weight, bias)
-    arguments = (x, weight, bias) if wide is None else wide
-    y: Tensor = torch.ops.aten.convolution(
-        *arguments, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups
-    )
+    if wide is not None:
+        x, weight, bias = wide  # type: ignore[assignment]
+    y = pointwise.convolve(x, weight, bias, spec)
+    if y is None:
+        y = torch.ops.aten.convolution(
+            x, weight, bias, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups
+        )
     return y.to(dtype)
 
 
@@ -78,17 +81,23 @@ def gradients(
         grad = wide[0]  # type: ignore[assignment]
         x = x.float() if wanted[1] else Geometry.of(x).blank(grad)
         weight = weight.float() if wanted[0] else Geometry.of(weight).blank(grad)
-    first = wanted[0] and few_channels.is_suited(grad, weight, spec)
-    library = (wanted[0] and not first, wanted[1], wanted[2])
+    size = (x.shape[2], x.shape[3])
+    to_x = to_weight = None
+    if wanted[0] and few_channels.is_suited(grad, weight, spec):
+        to_x = few_channels.data_gradient(grad, size, weight, spec)
+    elif wanted[0]:
+        to_x = pointwise.data_gradient(grad, size, weight, spec)
+    if wanted[1]:
+        to_weight = pointwise.weight_gradient(grad, x, weight, spec)
+    library = (wanted[0] and to_x is None, wanted[1] and to_weight is None, wanted[2])
     found: tuple[Tensor | None, ...] = (None, None, None)
     if any(library):
         found = torch.ops.aten.convolution_backward(
             grad, x, weight, (weight.shape[0],), spec.stride, spec.padding, spec.dilation,
             False, (0, 0), spec.groups, library,
         )  # fmt: skip
-    if first:
-        size = (x.shape[2], x.shape[3])
-        found = (few_channels.data_gradient(grad, size, weight, spec), *found[1:])
+    found = (found[0] if to_x is None else to_x, found[1] if to_weight is None else to_weight,
+             found[2])  # fmt: skip
     return found if wide is None else tuple(None if f is None else f.to(dtype) for f in found)
 
 
