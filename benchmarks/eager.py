@@ -76,3 +76,47 @@ def batch_norm_relu(
     """Training BatchNorm, the residual added in place, ReLU in place."""
     u = torch.nn.functional.batch_norm(z, None, None, gamma, beta, training=True)
     return (u if residual is None else u.add_(residual)).relu_()
+
+
+def crop_resize_flip(images: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int]) -> Tensor:
+    """All crops of a batch (B, C, H, W) in one ``grid_sample``, each resized by itself: positions
+    are kept within the box."""
+
+    def positions(begin: Tensor, length: Tensor, source: int, count: int) -> Tensor:
+        index = torch.arange(count, device=images.device, dtype=images.dtype) + 0.5
+        begin, length = (t[:, None].to(images.dtype) for t in (begin, length))
+        position = (begin + index * (length / count) - 0.5).clamp(begin, begin + length - 1)
+        return (2 * position + 1) / source - 1
+
+    top, left, height, width = boxes.unbind(1)
+    y = positions(top, height, images.shape[2], size[0])
+    x = positions(left, width, images.shape[3], size[1])
+    x = torch.where(flips[:, None], x.flip(1), x)
+    batch = (images.shape[0], *size)
+    grid = torch.stack([x[:, None, :].expand(batch), y[:, :, None].expand(batch)], 3)
+    return torch.nn.functional.grid_sample(images, grid, "bilinear", align_corners=False)
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """pytorch-msssim's formula (window 11, sigma 1.5), all five means in one convolution each way;
+    x, y (B, 1, H, W) in [0, 1]."""
+    index = torch.arange(11, dtype=x.dtype, device=x.device) - 5
+    window = torch.exp(-(index**2) / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, -1, 1)
+    stacked = torch.cat([x, y, x * x, y * y, x * y])
+    means = torch.nn.functional.conv2d(stacked, window)
+    means = torch.nn.functional.conv2d(means, window.transpose(2, 3))
+    mu, nu, xx, yy, xy = means.split(x.shape[0])
+    squares, both = mu * mu + nu * nu, mu * nu
+    structure = (2 * (xy - both) + 9e-4) / (xx + yy - squares + 9e-4)
+    return (structure * (2 * both + 1e-4) / (squares + 1e-4)).flatten(1).mean(1)
+
+
+def consistency(
+    maps: Tensor, others: Tensor, boxes: Tensor, flips: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """SSIM of the warped and enlarged maps with the enlarged others, (B,)."""
+    resize = torch.nn.functional.interpolate
+    enlarged = resize(maps[:, None], size, mode="bilinear", align_corners=False)
+    warped = crop_resize_flip(enlarged, boxes, flips, size)
+    return ssim(warped, resize(others[:, None], size, mode="bilinear", align_corners=False))

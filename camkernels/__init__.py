@@ -2,8 +2,9 @@
 
 from camkernels import nn
 from camkernels.backends import BackendUnavailableError, backend, current_backend
+from camkernels.consistency import lp_norm, min_max_normalize, ssim, warp, warped_ssim
 from camkernels.engine import BudgetError, EngineError, PlanReport, input_gradients, plan_report
-from camkernels.explain import GradCAM
+from camkernels.explain import GradCAM, consistency_scores
 from camkernels.functional import (
     MapStatistics,
     cam_area,
@@ -16,22 +17,25 @@ from camkernels.functional import (
     map_statistics,
     set_checks,
 )
-from camkernels.losses import CAMEntropyLoss, InterpretableGradientLoss
+from camkernels.losses import CAMConsistencyLoss, CAMEntropyLoss, InterpretableGradientLoss
 from camkernels.modes import guided, no_weight_gradients
 from camkernels.nn.swap import swap_in, swap_out, swap_report
 from camkernels.taps.tap import TapError
+from camkernels.taps.views import RandomResizedCropFlip
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
     "BudgetError",
+    "CAMConsistencyLoss",
     "CAMEntropyLoss",
     "EngineError",
     "GradCAM",
     "InterpretableGradientLoss",
     "MapStatistics",
     "PlanReport",
+    "RandomResizedCropFlip",
     "TapError",
     "backend",
     "cam_area",
@@ -39,17 +43,23 @@ __all__ = [
     "cam_entropy",
     "cam_statistics",
     "class_activation_map",
+    "consistency_scores",
     "current_backend",
     "grad_cam",
     "gradient_error",
     "guided",
     "input_gradients",
+    "lp_norm",
     "map_statistics",
+    "min_max_normalize",
     "nn",
     "no_weight_gradients",
     "plan_report",
     "set_checks",
+    "ssim",
     "swap_in",
     "swap_out",
     "swap_report",
+    "warp",
+    "warped_ssim",
 ]

@@ -24,6 +24,11 @@ void define_relu(py::module_&);
 void define_gradient_error(py::module_&);
 void define_batch_norm_relu(py::module_&);
 void define_max_pool(py::module_&);
+void define_warp(py::module_&);
+void define_ssim(py::module_&);
+void define_warped_ssim(py::module_&);
+void define_min_max(py::module_&);
+void define_lp_norm(py::module_&);
 
 namespace {
 
@@ -174,4 +179,9 @@ PYBIND11_MODULE(_cpu, module) {
   define_gradient_error(module);
   define_batch_norm_relu(module);
   define_max_pool(module);
+  define_warp(module);
+  define_ssim(module);
+  define_warped_ssim(module);
+  define_min_max(module);
+  define_lp_norm(module);
 }

@@ -161,7 +161,7 @@ class InputTap:
 
     def _replace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
         """The arguments with a leaf in them, and the leaf."""
-        key, images = self._find(args, kwargs)
+        key, images = find_images(self.model, self.input, args, kwargs)
         if not images.is_floating_point():
             raise TypeError(
                 f"images: the model's argument {key!r} is {images.dtype}, which has no gradient; "
@@ -178,33 +178,6 @@ class InputTap:
         if isinstance(key, str):
             return (args, {**kwargs, key: put}), leaf
         return ((*args[:key], put, *args[key + 1 :]), kwargs), leaf
-
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor]:
-        """Where the images are among the arguments, and they."""
-        key: int | str | None = self.input
-        if key is None:
-            tensors = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
-            named = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-            if not tensors and len(named) != 1:
-                raise TapError(
-                    f"the model was called with {len(args)} positional arguments, none of them a "
-                    f"tensor, and the tensors {named}: pass input= the name of the images"
-                )
-            key = tensors[0] if tensors else named[0]
-        elif isinstance(key, str) and key not in kwargs:
-            names = list(inspect.signature(self.model.forward).parameters)
-            if key not in names or names.index(key) >= len(args):
-                raise TapError(f"input={key!r}: the model was not called with such an argument")
-            key = names.index(key)
-        elif isinstance(key, int) and not 0 <= key < len(args):
-            raise TapError(f"input={key}: the model was called with {len(args)} positional ones")
-        value = kwargs[key] if isinstance(key, str) else args[key]
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"images: expected a tensor as argument {key!r} of the model, got "
-                f"{type(value).__name__}"
-            )
-        return key, value
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if torch._C._current_graph_task_id() != -1:
@@ -274,6 +247,36 @@ class InputTap:
                 f"{logits.shape[0]}"
             )
         return Connected(graph, leaf, forward.float16, training)
+
+
+def find_images(
+    model: nn.Module, input: int | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int | str, Tensor]:
+    """Where the images are among the arguments of a model, and they."""
+    key: int | str | None = input
+    if key is None:
+        tensors = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+        named = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        if not tensors and len(named) != 1:
+            raise TapError(
+                f"the model was called with {len(args)} positional arguments, none of them a "
+                f"tensor, and the tensors {named}: pass input= the name of the images"
+            )
+        key = tensors[0] if tensors else named[0]
+    elif isinstance(key, str) and key not in kwargs:
+        names = list(inspect.signature(model.forward).parameters)
+        if key not in names or names.index(key) >= len(args):
+            raise TapError(f"input={key!r}: the model was not called with such an argument")
+        key = names.index(key)
+    elif isinstance(key, int) and not 0 <= key < len(args):
+        raise TapError(f"input={key}: the model was called with {len(args)} positional ones")
+    value = kwargs[key] if isinstance(key, str) else args[key]
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"images: expected a tensor as argument {key!r} of the model, got "
+            f"{type(value).__name__}"
+        )
+    return key, value
 
 
 UNCONNECTED = (

@@ -1,0 +1,359 @@
+"""Consistency and sparsity of explanations as regularisers of cross-entropy training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camkernels import consistency as C
+from camkernels.losses._common import check_choice, reduce
+from camkernels.losses._contrast import contrast
+from camkernels.taps.evaluate import Evaluator, ReshapeTransform
+from camkernels.taps.image_tap import ImageTap
+from camkernels.taps.modules import LayerLike
+from camkernels.taps.tap import Tap, TapError
+from camkernels.taps.targets import check_logits, class_indices
+from camkernels.taps.views import Draw, RandomResizedCropFlip, View
+
+_TARGETS = ("predicted", "true")
+_DISTANCES = ("ssim", "contrastive")
+_NORMALIZATIONS = ("minmax", "none")
+_VIEWS = ("separate", "joint")
+_UNIFORM = 1e-2
+
+
+class CAMConsistencyLoss(nn.Module):
+    """Cross-entropy, the inconsistency of Grad-CAM maps under a crop and flip, and their norm.
+
+        L = L_CE + alpha (1 - SSIM(t(Phi(x)), Phi(t(x)))) + beta L^p(Phi(x))
+
+    Phi(x) is the Grad-CAM map of ``layer``, without ReLU, scaled to [0, 1] and enlarged to the
+    picture; t crops, resizes and mirrors each sample in its own way. It stands in the place of
+    ``nn.CrossEntropyLoss``; the view t(x) and its forward are the criterion's own affair::
+
+        criterion = ck.CAMConsistencyLoss(model, layer="layer4", alpha=0.1, beta=1e-6)
+        loss = criterion(model(x), y)
+        loss.backward()
+
+    **The second forward** runs in the mode the model is in: in training BatchNorm normalises the
+    views by their own statistics and moves its running statistics twice a step, and dropout draws
+    again. ``views="joint"`` sends both through one forward of twice the batch: one update, of
+    statistics over pictures and views together; the model must return a single tensor.
+
+    **Trivial solutions.** A constant map is consistent with itself. ``terms["dead"]`` is the share
+    of samples with an all-zero map in either view (lower ``beta`` or ``alpha``), and
+    ``terms["uniform"]`` that of maps whose range is below a hundredth of their largest value
+    (raise ``beta``). Dead samples have no gradient and are left out of the means.
+
+    Args:
+        model: the classifier; DistributedDataParallel is opened. It is held, not registered.
+        layer: name or module with output (B, K, h, w).
+        alpha: weight of the consistency, settable later. With 0 no second view is made.
+        beta: weight of the sparsity, settable later; the norm is over all pixels of the enlarged
+            map. p: its order, at least 1, or 0 (a count, which has no gradient).
+        transform: what draws t: None for ``RandomResizedCropFlip()`` (scale 0.08 to 1, ratio 3/4
+            to 4/3, flip 0.5), another one, or a callable (batch, height, width) -> (boxes, flips).
+            Recorded parameters go to the call instead.
+        target: the map of the ``"predicted"`` class of x, in both views, or of the ``"true"`` one.
+        relu: keep the positive part of maps only; the paper found all maps dying of it.
+        normalize: ``"minmax"`` or ``"none"``.
+        size: (H, W) of the view and of the comparison; None: that of the images.
+        distance: ``"ssim"``, or ``"contrastive"``: the InfoNCE loss of CGC over the batch, of the
+            cosines of t(Phi(x_i)) and Phi(t(x_j)) over ``temperature``.
+        views: ``"separate"`` or ``"joint"``, see above.
+        window, window_size, sigma, padding: of :func:`camkernels.ssim`.
+        weight, ignore_index, reduction, label_smoothing: as for ``nn.CrossEntropyLoss``; ignored
+            samples have no consistency. input: name or position of the model's argument that holds
+            the images. reshape_transform, head: as for :class:`camkernels.GradCAM`.
+
+    Raises:
+        ValueError: an unknown layer or option, a negative p. TypeError: ``nn.DataParallel``.
+
+    Source: Staying Consistent with GradCAM, eqs. 2 to 4; Pillai et al., Consistent Explanations by
+    Contrastive Learning (the contrastive distance).
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1),
+        ...                           torch.nn.Flatten(), torch.nn.Linear(8, 5))
+        >>> criterion = ck.CAMConsistencyLoss(net, "0", alpha=0.1, beta=1e-3)
+        >>> criterion(net(torch.rand(2, 3, 16, 16)), torch.tensor([1, 4])).backward()
+        >>> sorted(criterion.terms)
+        ['consistency', 'cross_entropy', 'dead', 'sparsity', 'uniform']
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: LayerLike,
+        alpha: float = 0.1,
+        beta: float = 1e-6,
+        p: float = 1.0,
+        transform: RandomResizedCropFlip | Draw | None = None,
+        target: str = "predicted",
+        relu: bool = False,
+        normalize: str = "minmax",
+        *,
+        size: tuple[int, int] | None = None,
+        distance: str = "ssim",
+        temperature: float = 0.5,
+        views: str = "separate",
+        window: C.Window = "gaussian",
+        window_size: int = 11,
+        sigma: float = 1.5,
+        padding: C.Padding = "valid",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        input: int | str | None = None,
+        reshape_transform: ReshapeTransform | None = None,
+        head: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("target", target, _TARGETS)
+        check_choice("normalize", normalize, _NORMALIZATIONS)
+        check_choice("distance", distance, _DISTANCES)
+        check_choice("views", views, _VIEWS)
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
+        C.check_order(p)
+        if not isinstance(layer, (str, nn.Module)):
+            raise ValueError("layer: expected a single layer, got several")
+        self._window: dict[str, Any] = {
+            "window": window, "window_size": window_size, "sigma": sigma, "padding": padding,
+        }  # fmt: skip
+        C.check_window(**self._window)
+        self.alpha, self.beta, self.p = alpha, beta, p
+        self.transform = RandomResizedCropFlip() if transform is None else transform
+        self.target, self.relu, self.normalize = target, relu, normalize
+        self.size, self.distance, self.temperature = size, distance, temperature
+        self.views = views
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.label_smoothing = label_smoothing
+        self.register_buffer("weight", weight)
+        self._tap = Tap(model, layer, head)
+        join = self._join if views == "joint" else None
+        self._images = ImageTap(model, input, join)
+        self._evaluate = Evaluator(self._tap, relu, reshape_transform)
+        self._drawn: View | None = None
+        self._next: View | None = None
+        self._terms: dict[str, Tensor] = {}
+        self._scores: Tensor | None = None
+
+    # -- views ---------------------------------------------------------------------------------
+
+    def _draw(self, images: Tensor) -> View:
+        view = View(*self.transform(images.shape[0], images.shape[2], images.shape[3]))
+        return view.to(images.device)
+
+    def _make(self, images: Tensor, view: View) -> Tensor:
+        if images.dim() != 4:
+            raise ValueError(f"images: expected (B, C, H, W), got {tuple(images.shape)}")
+        with torch.no_grad():
+            made = C.warp(images.detach(), *view, size=self._size(images))
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        return made.contiguous(memory_format=torch.channels_last) if last else made
+
+    def _size(self, images: Tensor) -> tuple[int, int]:
+        return self.size or (images.shape[2], images.shape[3])
+
+    def _join(self, images: Tensor) -> Tensor:
+        """The views, for a forward of both."""
+        if self._size(images) != tuple(images.shape[2:]):
+            raise ValueError(
+                f"size: views in one forward have the size of the images, {tuple(images.shape[2:])}"
+                f", got {self.size}"
+            )
+        self._drawn = self._draw(images) if self._next is None else self._next
+        return self._make(images, self._drawn)
+
+    def use(self, boxes: Tensor, flips: Tensor) -> None:
+        """Take these parameters at the next forward in place of drawn ones; for
+        ``views="joint"``, where they must be known before the forward."""
+        self._next = View(boxes, flips)
+
+    # -- the loss ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        boxes: Tensor | None = None,
+        flips: Tensor | None = None,
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            logits: (B, C), of the latest forward of the model.
+            targets: (B,) int64 class indices; class probabilities (B, C) with
+                ``target="predicted"``.
+            boxes, flips: recorded parameters of this batch's views, see :func:`camkernels.warp`;
+                None: drawn.
+
+        Returns:
+            the loss, 0-dim (per sample (B,) with reduction ``"none"``).
+
+        Raises:
+            TapError: no forward, or a stale one. ValueError, TypeError: wrong shapes or dtypes, or
+            parameters of another batch.
+        """
+        check_logits(logits)
+        images = self._images.latest(logits)
+        classes, valid = self._classes(logits, targets)
+        view = self._view(images, boxes, flips)
+        enabled = torch.is_grad_enabled()
+        cross_entropy = nn.functional.cross_entropy(
+            logits, targets, self.weight, ignore_index=self.ignore_index,
+            reduction=self.reduction, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        with torch.set_grad_enabled(enabled and (self.alpha != 0 or self.beta != 0)):
+            raw, other = self._maps(logits, classes, images, view)
+            first = self._normalized(raw)
+            dead, uniform = _trivial(raw)
+            loss, terms = cross_entropy, {"cross_entropy": cross_entropy.detach().mean()}
+            if other is not None:
+                dead = dead | _trivial(other)[0]
+                distance, self._scores = self._distance(
+                    first, self._normalized(other), view, images, valid & ~dead
+                )
+                loss = loss + self.alpha * distance
+                terms["consistency"] = reduce(self._scores, valid & ~dead, "mean")
+        with torch.set_grad_enabled(enabled and self.beta != 0):
+            norms = C.lp_norm(first, self.p, size=(images.shape[2], images.shape[3]))
+            sparsity = reduce(norms, valid & ~dead, self.reduction)
+        if self.beta != 0:
+            loss = loss + self.beta * sparsity
+        count = valid.sum().clamp(min=1)
+        self._terms = terms | {
+            "sparsity": reduce(norms.detach(), valid & ~dead, "mean"),
+            "dead": (valid & dead).sum() / count,
+            "uniform": (valid & uniform).sum() / count,
+        }
+        self._images.forget()
+        self._next = self._drawn = None
+        return loss
+
+    def _classes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Whose map: class per sample (B,), and which samples count (B,) bool."""
+        indices = isinstance(targets, Tensor) and not targets.is_floating_point()
+        valid = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
+        if indices or self.target == "true":
+            classes = class_indices(logits, targets, self.ignore_index)
+            valid = targets != self.ignore_index
+        if self.target == "predicted":
+            classes = logits.detach().argmax(1)
+        return classes, valid
+
+    def _view(self, images: Tensor, boxes: Tensor | None, flips: Tensor | None) -> View:
+        if boxes is None:
+            if flips is not None:
+                raise ValueError("flips: recorded parameters need boxes too, got none")
+            if self._drawn is not None:
+                return self._drawn
+            return self._draw(images) if self._next is None else self._next
+        if self.views == "joint":
+            raise ValueError(
+                "boxes: with views='joint' they must be known before the forward; call "
+                "criterion.use(boxes, flips) before model(x)"
+            )
+        none = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        return View(boxes, none if flips is None else flips)
+
+    def _maps(
+        self, logits: Tensor, classes: Tensor, images: Tensor, view: View
+    ) -> tuple[Tensor, Tensor | None]:
+        """Maps of the pictures and of the views."""
+        joined = self._images.joined
+        if joined is not None:
+            maps = self._evaluate(joined, classes.repeat(2))[0].maps
+            first, second = maps.chunk(2)
+            return first, second if self.alpha != 0 else None
+        first = self._evaluate(logits, classes)[0].maps
+        if self.alpha == 0:
+            return first, None
+        views = self._make(images, view)
+        return first, self._evaluate(self._images.again(views), classes)[0].maps
+
+    def _normalized(self, maps: Tensor) -> Tensor:
+        return C.min_max_normalize(maps) if self.normalize == "minmax" else maps
+
+    def _distance(
+        self, first: Tensor, second: Tensor, view: View, images: Tensor, counted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The distance, reduced, and the SSIM of each sample, detached."""
+        source, size = (images.shape[2], images.shape[3]), self._size(images)
+        contrastive = self.distance == "contrastive"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not contrastive):
+            scores = C.warped_ssim(first, second, *view, size, source_size=source, **self._window)
+        if contrastive:
+            warped = C.warp(first, *view, size, source_size=source)
+            values = contrast(warped, second, counted, self.temperature)
+        else:
+            values = 1 - scores
+        return reduce(values, counted, self.reduction), scores.detach()
+
+    # -- reading -------------------------------------------------------------------------------
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Parts of the last loss, detached and 0-dim, for logging.
+
+        ``cross_entropy``; ``consistency``: mean SSIM over live samples (absent where ``alpha`` is
+        0); ``sparsity``: their mean norm, before beta; ``dead`` and ``uniform``: shares of samples.
+        Empty before the first call.
+        """
+        if self._terms:
+            self._evaluate.read_guard()
+        return dict(self._terms)
+
+    @property
+    def consistency(self) -> Tensor:
+        """SSIM of each sample of the last call, (B,), detached."""
+        if self._scores is None:
+            raise RuntimeError("consistency: the criterion has not compared any views yet")
+        return self._scores
+
+    @property
+    def head(self) -> str:
+        """``"closed form: ..."`` or ``"autograd: <why>"``, as of the latest forward."""
+        return self._tap.describe_head()
+
+    def close(self) -> None:
+        """Remove the hooks from the model and let go of what is kept."""
+        self._tap.close()
+        self._images.close()
+
+    def extra_repr(self) -> str:
+        return (
+            f"layer={self._tap.names}, alpha={self.alpha}, beta={self.beta}, p={self.p}, "
+            f"target={self.target!r}, distance={self.distance!r}, views={self.views!r}"
+        )
+
+    def __getstate__(self) -> Mapping[str, object]:
+        return {**self.__dict__, "_terms": {}, "_scores": None, "_drawn": None, "_next": None}
+
+
+def _trivial(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Which maps are all zero, and which are not but nearly constant; (B,) bool each."""
+    values = maps.detach().flatten(1)
+    if not values.numel():
+        none = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+        return none, none
+    low, high = values.amin(1), values.amax(1)
+    largest = torch.maximum(low.abs(), high.abs())
+    dead = largest == 0
+    return dead, ~dead & (high - low <= _UNIFORM * largest)
+
+
+__all__ = ["CAMConsistencyLoss", "TapError"]
