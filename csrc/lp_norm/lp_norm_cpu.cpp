@@ -77,19 +77,18 @@ struct Rows {
 template <class A>
 static A norm_of(const LpNorm& args, const Rows<A>& rows) {
   const int64_t height = args.warp.rows.size, width = args.warp.columns.size;
-  double largest = 0, sum = 0, hidden = 0;
+  double largest = 0, sum = 0;
   const bool plain = args.p == 0 || args.p == 1;
   for (int64_t r = 0; r < height; ++r) {
     const A* row = rows.read(r);
     for (int64_t j = 0; j < width; ++j) {
       const double value = (double)magnitude(row[j]);
-      hidden += value - value;  // comparisons pass over NaN
-      largest = value > largest ? value : largest;
-      sum += args.p == 0 ? (value != 0 ? 1.0 : 0.0) : value;
+      largest = value > largest || value != value ? value : largest;  // NaN stays
+      sum += args.p == 0 ? (value != 0 ? 1.0 : 0.0) + (value - value) : value;
     }
   }
-  if (plain) return (A)(args.p == 0 ? sum + hidden : sum);
-  if (args.p == __builtin_inf() || largest == 0 || hidden != hidden) return (A)(largest + hidden);
+  if (plain) return (A)sum;
+  if (args.p == __builtin_inf() || largest == 0) return (A)largest;
   double total = 0;
   for (int64_t r = 0; r < height; ++r) {
     const A* row = rows.read(r);

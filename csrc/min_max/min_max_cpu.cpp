@@ -19,17 +19,14 @@ static void forward(const MinMax& args) {
   const int64_t height = args.sizes.height, width = args.sizes.width;
 #pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1)
   for (int64_t b = 0; b < args.sizes.batch; ++b) {
-    A low = pixel<A, T>(args, b, 0, 0), high = low, hidden = 0;
+    A low = pixel<A, T>(args, b, 0, 0), high = low;
     for (int64_t i = 0; i < height; ++i) {
       for (int64_t j = 0; j < width; ++j) {
         const A value = pixel<A, T>(args, b, i, j);
-        low = value < low ? value : low;
-        high = value > high ? value : high;
-        hidden += value - value;  // comparisons pass over NaN
+        low = value < low || value != value ? value : low;  // NaN stays
+        high = value > high || value != value ? value : high;
       }
     }
-    low += hidden;
-    high += hidden;
     A* extremes = static_cast<A*>(args.extremes) + 2 * b;
     extremes[0] = low;
     extremes[1] = high;

@@ -1,4 +1,4 @@
-"""The command line: ``camtrain fit`` and ``camtrain demo``."""
+"""The command line: ``camtrain fit``, ``camtrain study`` and ``camtrain demo``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,36 @@ from camtrain.config import CHOICES, FitConfig
 from camtrain.errors import CamtrainError
 
 _HELP = {
-    "recipe": "entropy: cross-entropy + beta x CAM entropy; baseline: beta = 0",
-    "data": "digits: scans among clutter, nothing to download; voc: boxes of PASCAL VOC",
-    "root": "folder that holds VOCdevkit",
+    "recipe": "entropy: cross-entropy + beta x CAM entropy; consistency: cross-entropy + alpha x "
+    "(1 - SSIM of the maps of a picture and of its crop) + beta x norm of the map; baseline: "
+    "beta = 0",
+    "data": "digits: scans among clutter, nothing to download; voc: boxes of PASCAL VOC; cub: "
+    "CUB-200-2011; caltech101: Caltech-101",
+    "root": "folder that holds VOCdevkit, CUB_200_2011 or 101_ObjectCategories",
     "sets": "VOC sets to train on, year:split by commas",
     "test_sets": "VOC sets to test on",
     "difficult": "keep objects marked as difficult",
     "test_boxes": "one box per test picture, always the same, or all",
     "damaged": "files that cannot be read: skip and count them, or stop",
     "image_size": "side of the square pictures, in pixels",
+    "augment": "cub, caltech101: train on a random crop, mirrored or not, else on the centre",
+    "crop_scale": "see augment: least share of the picture in the crop",
     "limit_train": "at most so many training samples",
     "limit_test": "at most so many test samples",
     "arch": "smallresnet, a torchvision or timm name, torchvision:NAME, timm:NAME, module:factory",
     "layer": "name of the layer whose map is taken (default: the last stage)",
-    "weights": "file with a state_dict, or 'pretrained' for the library's own",
+    "weights": "file with a state_dict; 'pretrained' for the library's own (the default on cub and "
+    "caltech101), or 'none'",
     "head_units": "hidden units of the head; 300 in the paper, 0: one linear layer",
-    "beta": "weight of the regulariser",
+    "alpha": "consistency: weight of 1 - SSIM",
+    "beta": "weight of the regulariser; consistency: of the norm of the map",
+    "norm": "consistency: p of the norm, 0, 1 or 2",
+    "map_relu": "consistency: keep the ReLU of Grad-CAM, which the paper takes out",
+    "view_scale": "consistency: least share of the picture in the crop of the second view",
+    "window": "consistency: of the SSIM",
+    "window_size": "consistency: side of the window in pixels",
+    "sigma": "consistency: width of the Gaussian window in pixels",
+    "padding": "consistency: SSIM over windows inside the map, or one around each pixel",
     "warmup_epochs": "epochs of cross-entropy alone before the regulariser sets in",
     "regularizer": "which statistic of the map is driven",
     "target": "map of the true or of the predicted class",
@@ -40,15 +54,26 @@ _HELP = {
     "backend": "which kernels run",
     "epochs": "epochs",
     "batch_size": "samples per step and device",
-    "lr": "learning rate of Adam",
+    "optimizer": "adam, or sgd with momentum",
+    "lr": "learning rate",
+    "momentum": "of sgd",
+    "weight_decay": "of the optimiser",
+    "lr_step": "epochs after which the rate is multiplied by lr_factor, again and again; 0: never",
+    "lr_factor": "see lr_step",
     "seed": "decides data, weights and order",
     "precision": "as Lightning names it",
     "channels_last": "lay out weights and pictures as NHWC",
     "accelerator": "as Lightning names it: auto, cpu, gpu",
     "devices": "number of devices",
     "workers": "worker processes that load data",
+    "insertion_steps": "consistency: steps of the insertion AUC of each test picture; 0: not taken",
+    "insertion_limit": "consistency: insertion AUC of at most so many test pictures",
+    "compare": "consistency: run folder or state_dict whose scores are shown beside the run's",
     "out": "run folder",
 }
+_ALIASES = {"root": ("--data-root",), "arch": ("--model",)}
+# Set by the grid of a study.
+_VARIED = ("recipe", "alpha", "beta", "norm", "seed", "out")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,18 +92,8 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
     fit.add_argument("--overwrite", action="store_true", help="remove an earlier run in --out")
     fit.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
-    hints = get_type_hints(FitConfig)
-    for name in configuration.fields():
-        kinds = get_args(hints[name]) or (hints[name],)
-        kind = next(k for k in kinds if k is not type(None))
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _HELP[name]}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif name in CHOICES:
-            options["choices"] = CHOICES[name]
-        else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        fit.add_argument(f"--{name.replace('_', '-')}", **options)
+    _add_fields(fit)
+    _add_study(commands)
 
     demo = commands.add_parser("demo", help="what CAM entropy changes, on digits, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for table and figures")
@@ -89,6 +104,47 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--limit-test", type=int, default=None, help="test samples")
     demo.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
     return top
+
+
+def _add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """A flag for each field of :class:`FitConfig`."""
+    hints = get_type_hints(FitConfig)
+    for name in configuration.fields():
+        if name in without:
+            continue
+        kinds = get_args(hints[name]) or (hints[name],)
+        kind = next(k for k in kinds if k is not type(None))
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _HELP[name]}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif name in CHOICES:
+            options["choices"] = CHOICES[name]
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        flags = (f"--{name.replace('_', '-')}", *_ALIASES.get(name, ()))
+        parser.add_argument(*flags, dest=name, **options)
+
+
+def _add_study(commands: Any) -> None:
+    study = commands.add_parser(
+        "study",
+        help="train a grid of settings and tabulate them",
+        description="Train every setting of a grid of the recipe and tabulate accuracy, "
+        "consistency and insertion AUC. A setting that is done is skipped and one that was cut "
+        "short goes on, so the same command again goes on with an interrupted study. All flags of "
+        "fit that the grid does not set are taken.",
+        allow_abbrev=False,
+    )
+    study.add_argument("recipe", choices=("consistency",), help="recipe of the settings")
+    study.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.1, 1.0], metavar="A")
+    study.add_argument("--betas", type=float, nargs="+", default=[0.0, 1e-6], metavar="B")
+    study.add_argument("--norms", type=float, nargs="+", default=[1.0], metavar="P")
+    study.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    study.add_argument("--out", default="runs/study", help="folder for the runs and the table")
+    study.add_argument("--overwrite", action="store_true", help="remove an earlier study in --out")
+    study.add_argument("--config", type=Path, help="YAML file with the same keys as the flags")
+    study.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
+    _add_fields(study, without=_VARIED)
 
 
 def fit_config(arguments: argparse.Namespace) -> FitConfig:
@@ -113,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "fit":
             return _fit(arguments)
+        if arguments.command == "study":
+            return _study(arguments)
         return _demo(arguments)
     except CamtrainError as error:
         print(f"camtrain: {error}", file=sys.stderr)
@@ -147,6 +205,30 @@ def _fit(arguments: argparse.Namespace) -> int:
         progress=arguments.progress,
     )
     print(f"head: {run.head}; backend: {run.backend}; run folder: {config.out}")
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    given = {
+        name: getattr(arguments, name)
+        for name in configuration.fields()
+        if name in arguments and name not in _VARIED
+    }
+    file = {} if arguments.config is None else configuration.load(arguments.config)
+    fixed = sorted(set(file) & {*_VARIED, *(name.replace("_", "-") for name in _VARIED)})
+    if fixed:
+        raise CamtrainError(f"config: the grid of a study sets {', '.join(fixed)}")
+    base = configuration.resolve({**given, "recipe": arguments.recipe}, file)
+    _import_training()
+    from camtrain.study import Grid, study
+
+    study(
+        Path(arguments.out),
+        base,
+        Grid(arguments.alphas, arguments.betas, arguments.norms, arguments.seeds),
+        overwrite=arguments.overwrite,
+        progress=arguments.progress,
+    )
     return 0
 
 

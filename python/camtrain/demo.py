@@ -12,7 +12,8 @@ from typing import Any
 from camtrain import figures, files
 from camtrain.config import FitConfig, resolve
 from camtrain.data.module import CamtrainData
-from camtrain.fit import Run, describe_example, fit
+from camtrain.examples import describe_example
+from camtrain.fit import Run, fit
 
 BETA, EPOCHS = 0.1, 10
 

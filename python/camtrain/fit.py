@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from torch import Tensor
 
 import camkernels as ck
 from camtrain import config as configuration
@@ -28,16 +27,20 @@ from camtrain.config import FitConfig
 from camtrain.data.module import CamtrainData
 from camtrain.data.voc import describe_skipped
 from camtrain.errors import CamtrainError
+from camtrain.evaluation import Evaluation, check_compared, evaluate, write
+from camtrain.examples import ExampleCollector, Examples, describe_example
 from camtrain.models import build_model
 from camtrain.recorder import (
     CHECKPOINT,
     AtomicCheckpointIO,
     Recorder,
     SaveEveryEpoch,
+    StopDiverged,
     checkpoint_epoch,
     partial_files,
 )
-from camtrain.training import Classifier
+from camtrain.training import Classifier, make_classifier
+from camtrain.trivial import TrivialSolutions
 
 log = logging.getLogger("camtrain")
 
@@ -55,24 +58,9 @@ class Run:
     head: str
     backend: str
     examples: Examples
-
-
-@dataclass
-class Examples:
-    """Fixed test pictures with the maps of their class at the end of training."""
-
-    images: Tensor
-    """(N, 3, H, W) uint8."""
-    targets: Tensor
-    """(N,)"""
-    predictions: Tensor
-    """(N,)"""
-    boxes: Tensor | None
-    """(N, 4)"""
-    maps: Tensor
-    """(N, h, w)"""
-    entropy: Tensor
-    """(N,) of the maps."""
+    classes: tuple[str, ...] = ()
+    summary: dict[str, Any] = field(default_factory=dict)
+    """What ``summary.json`` holds."""
 
 
 def fit(
@@ -88,7 +76,8 @@ def fit(
 
     The folder holds ``config.yaml``, ``environment.json``, ``metrics.csv`` (one row per epoch with
     time and peak memory), ``curves.png``, ``overlays.png``, ``model.pt`` (a state_dict),
-    ``summary.json``, ``checkpoints/last.ckpt``, and the logs of CSV and TensorBoard.
+    ``summary.json``, ``checkpoints/last.ckpt``, and the logs of CSV and TensorBoard; with the
+    recipe ``consistency`` also ``consistency_scores.csv`` and ``consistency_scores.png``.
 
     Args:
         config: of the run.
@@ -106,22 +95,44 @@ def fit(
     pl.seed_everything(config.seed, workers=True, verbose=False)
     with _quiet_lightning(), _backend(config.backend):
         data = CamtrainData(config) if data is None else data
-        model = build_model(config, len(data.classes))
+        tell = _silent if quiet else _tell
+        tell(data.note)
+        model = build_model(config, len(data.classes), tell)
+        check_compared(config, model)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        module = Classifier(model, config, len(data.classes))
+        module = make_classifier(model, config, len(data.classes))
         recorder, collector = Recorder(folder, quiet), ExampleCollector(data)
-        trainer = _trainer(config, folder, [recorder, collector], progress)
+        callbacks: list[Callback] = [recorder, collector, StopDiverged()]
+        if config.recipe == "consistency":
+            callbacks.append(TrivialSolutions(config, recorder))
+        trainer = _trainer(config, folder, callbacks, progress)
         files.write_json(folder / "environment.json", files.environment())
         _run(trainer, module, data, checkpoint, folder)
         skipped = data.skipped + sorted(module.damaged)
         if module.damaged:
             log.warning("%s", describe_skipped(sorted(module.damaged)))
-        run = Run(config, recorder.rows, **collector.found)
+        if not collector.found:
+            collector.collect(module)
+        run = Run(config, recorder.rows, **collector.found, classes=data.classes)
         module.close()
-    if trainer.is_global_zero:
-        _finish(folder, run, module, skipped)
+        if trainer.is_global_zero:
+            evaluation = None
+            if config.recipe == "consistency":
+                model.to(trainer.strategy.root_device)
+                evaluation = evaluate(model, module.layer, data, config, tell)
+                skipped = sorted({*skipped, *evaluation.damaged})
+            _finish(folder, run, module, skipped, evaluation)
     return run
+
+
+def _tell(line: str) -> None:
+    if line:
+        print(line, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _prepare(folder: Path, config: FitConfig, resume: bool, overwrite: bool) -> Path | None:
@@ -215,104 +226,46 @@ def _run(
         raise InterruptedRunError(f"interrupted; camtrain fit --resume --out {folder} goes on")
 
 
-class ExampleCollector(Callback):
-    """At the end of training, maps of fixed test pictures: the first of each class, at most 8."""
-
-    def __init__(self, data: CamtrainData, count: int = 8) -> None:
-        self.data = data
-        self.items = example_items(data, count)
-        self.found: dict[str, Any] = {}
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The model is still on its device here."""
-        assert isinstance(pl_module, Classifier)
-        description = pl_module.describe()
-        examples = explain(pl_module.model, pl_module.layer, self.items, self.data)
-        self.found = {**description, "examples": examples}
-
-
-def example_items(data: CamtrainData, count: int) -> list[dict[str, Tensor]]:
-    """The first sound test picture of each class, in the order of the data."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for index in range(len(data.test)):
-        if len(found) == min(count, len(data.classes)):
-            break
-        item = data.test[index]
-        if "damaged" not in item:
-            found.setdefault(int(item["targets"]), item)
-    return list(found.values())
-
-
-@torch.no_grad()
-def explain(
-    model: torch.nn.Module, layer: str, items: list[dict[str, Tensor]], data: CamtrainData
-) -> Examples:
-    """Maps of the true class of each item, in evaluation mode; the mode is put back."""
-    parameter = next(model.parameters())
-    images = torch.stack([item["images"] for item in items])
-    targets = torch.stack([item["targets"] for item in items])
-    training = model.training
-    model.eval()
-    try:
-        with ck.GradCAM(model, layer) as cam:
-            logits = model(data.normalise(images.to(parameter.device)).to(parameter.dtype))
-            maps = cam(logits, targets.to(parameter.device)).detach()
-    finally:
-        model.train(training)
-    boxes = torch.stack([item["boxes"] for item in items]) if "boxes" in items[0] else None
-    entropy = ck.map_statistics(maps).entropy
-    return Examples(images, targets, logits.argmax(1).cpu(), boxes, maps.cpu(), entropy.cpu())
-
-
-def describe_example(examples: Examples, index: int, classes: tuple[str, ...]) -> str:
-    """One line under a map."""
-    name = classes[int(examples.predictions[index])]
-    if not bool(examples.maps[index].any()):
-        return f"says {name}, dead map"
-    return f"says {name}, ce {max(float(examples.entropy[index]), 0.0):.2f}"
-
-
-def _finish(folder: Path, run: Run, module: Classifier, skipped: list[str]) -> None:
-    config, examples = run.config, run.examples
-    name = f"{config.arch} on {config.data}, beta = {config.beta:g}"
+def _finish(
+    folder: Path,
+    run: Run,
+    module: Classifier,
+    skipped: list[str],
+    evaluation: Evaluation | None,
+) -> None:
+    config, examples, classes = run.config, run.examples, run.classes
+    consistency = evaluation is not None
+    weights = f"alpha = {config.alpha:g}, " * consistency + f"beta = {config.beta:g}"
+    name = f"{config.arch} on {config.data}, {weights}"
     try:
         state = module.model.state_dict()
         AtomicCheckpointIO().save_checkpoint(dict(state), folder / "model.pt")
-        figures.curves({name: run.rows}, folder / "curves.png", name)
-        classes = _classes(config)
+        panels = figures.CONSISTENCY_PANELS if consistency else figures.PANELS
+        figures.curves({name: run.rows}, folder / "curves.png", name, panels)
         count = range(len(examples.targets))
         figures.before_and_after(
             examples.images,
             examples.boxes,
-            {f"map, beta = {config.beta:g}": examples.maps},
-            {
-                f"map, beta = {config.beta:g}": [
-                    describe_example(examples, i, classes) for i in count
-                ]
-            },
+            {f"map, {weights}": examples.maps},
+            {f"map, {weights}": [describe_example(examples, i, classes) for i in count]},
             [classes[int(t)] for t in examples.targets],
             folder / "overlays.png",
             name,
         )
-        summary = {
+        run.summary = {
             **run.rows[-1],
+            **(write(evaluation, folder, name) if evaluation is not None else {}),
             "head": run.head,
             "backend": run.backend,
             "damaged": skipped,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        files.write_json(folder / "summary.json", summary)
+        files.write_json(folder / "summary.json", run.summary)
     except files.DiskFullError as error:
         raise files.DiskFullError(
             f"training is done and its checkpoint is intact, but {error}; make room, then "
             f"camtrain fit --resume --out {folder}"
         ) from error
-
-
-def _classes(config: FitConfig) -> tuple[str, ...]:
-    from camtrain.data import digits, voc
-
-    return {"digits": digits.CLASSES, "voc": voc.CLASSES}[config.data]
 
 
 def _backend(name: str) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from camkernels import MapStatistics
@@ -83,14 +85,72 @@ class MapMeasures(Metric):
         return result
 
 
-class EpochMeasures(torch.nn.Module):
-    """Everything that is measured on one split in one epoch."""
+class SampleMean(Metric):
+    """Mean over samples; unlike torchmetrics' own it is not finite where a value was not."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            zero = torch.zeros((), dtype=torch.float64)
+            self.add_state(name, default=zero, dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, samples: int) -> None:
+        """Add the mean of a batch."""
+        self.total += value.detach().double() * samples
+        self.count += samples
+
+    def compute(self) -> Tensor:
+        """NaN where nothing came."""
+        return self.total / self.count
+
+
+class SplitMeasures(torch.nn.Module):
+    """What every recipe measures on one split in one epoch."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.accuracy = MulticlassAccuracy(classes, average="micro")
-        self.loss = MeanMetric()
-        self.cross_entropy = MeanMetric()
+        self.loss = SampleMean()
+        self.cross_entropy = SampleMean()
+
+    def update_classes(
+        self, logits: Tensor, targets: Tensor, loss: Tensor, cross_entropy: Tensor
+    ) -> None:
+        """Add what a batch says of the classes."""
+        self.accuracy.update(logits.detach(), targets)
+        self.loss.update(loss, len(targets))
+        self.cross_entropy.update(cross_entropy, len(targets))
+
+    def of_maps(self) -> dict[str, Tensor]:
+        """What the recipe measures of the maps."""
+        return {}
+
+    def compute(self) -> dict[str, float]:
+        """All values of the epoch; empty where no batch came."""
+        if self.loss.count == 0:
+            return {}
+        values = {
+            "accuracy": self.accuracy.compute(),
+            "loss": self.loss.compute(),
+            "cross_entropy": self.cross_entropy.compute(),
+            **self.of_maps(),
+        }
+        return {name: float(value) for name, value in values.items()}
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        for metric in self.children():
+            assert isinstance(metric, Metric)
+            metric.reset()
+
+
+class EpochMeasures(SplitMeasures):
+    """With the statistics of the maps."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
         self.maps = MapMeasures()
 
     def update(
@@ -105,24 +165,35 @@ class EpochMeasures(torch.nn.Module):
         size: tuple[int, int],
     ) -> None:
         """Add a batch."""
-        self.accuracy.update(logits.detach(), targets)
-        self.loss.update(loss.detach(), len(targets))
-        self.cross_entropy.update(cross_entropy.detach(), len(targets))
+        self.update_classes(logits, targets, loss, cross_entropy)
         self.maps.update(statistics, maps, boxes, size)
 
-    def compute(self) -> dict[str, float]:
-        """All values of the epoch; empty where no batch came."""
-        if self.loss.weight == 0:
-            return {}
-        values = {
-            "accuracy": self.accuracy.compute(),
-            "loss": self.loss.compute(),
-            "cross_entropy": self.cross_entropy.compute(),
-            **self.maps.compute(),
-        }
-        return {name: float(value) for name, value in values.items()}
+    def of_maps(self) -> dict[str, Tensor]:
+        """See :class:`MapMeasures`."""
+        return self.maps.compute()
 
-    def reset(self) -> None:
-        """Begin an epoch."""
-        for metric in (self.accuracy, self.loss, self.cross_entropy, self.maps):
-            metric.reset()
+
+class ConsistencyMeasures(SplitMeasures):
+    """With the terms of the consistency loss, as means over samples; with alpha = 0 the criterion
+    makes no second view, and there is no consistency.
+    """
+
+    TERMS = ("consistency", "sparsity", "dead", "uniform")
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        for name in self.TERMS:
+            setattr(self, name, SampleMean())
+
+    def update(
+        self, logits: Tensor, targets: Tensor, loss: Tensor, terms: Mapping[str, Tensor]
+    ) -> None:
+        """Add a batch and the criterion's terms of it."""
+        self.update_classes(logits, targets, loss, terms["cross_entropy"])
+        for name in terms.keys() & set(self.TERMS):
+            getattr(self, name).update(terms[name], len(targets))
+
+    def of_maps(self) -> dict[str, Tensor]:
+        """The means."""
+        metrics = {name: getattr(self, name) for name in self.TERMS}
+        return {name: metric.compute() for name, metric in metrics.items() if metric.count > 0}

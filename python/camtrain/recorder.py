@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import resource
 import sys
@@ -19,6 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from camtrain import files
+from camtrain.errors import DivergedError
 from camtrain.training import Classifier
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -45,6 +45,21 @@ class SaveEveryEpoch(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save."""
         trainer.save_checkpoint(self.path)
+
+
+class StopDiverged(Callback):
+    """Stops at the end of an epoch that left weights which are not finite, before it is saved."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at all weights."""
+        if all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
+            return
+        done = trainer.current_epoch
+        kept = f"the checkpoint of epoch {done} is kept" if done else "no checkpoint was written"
+        raise DivergedError(
+            f"epoch {done + 1}: the weights are no longer finite: the training diverged; lower "
+            f"--lr, or the weights of the other terms of the loss; {kept}"
+        )
 
 
 class PeakMemory:
@@ -134,24 +149,29 @@ class Recorder(Callback):
                 print(describe_row(row, trainer.max_epochs or 0), flush=True)
 
 
+# What a line says of a split, and how: of each, what the row holds.
+_SHOWN = (
+    ("acc", "accuracy", "{:.3f}"),
+    ("ce", "entropy", "{:.3f}"),
+    ("ca", "area", "{:.3f}"),
+    ("cd", "dispersion", "{:.3f}"),
+    ("SSIM", "consistency", "{:.3f}"),
+    ("norm", "sparsity", "{:.3g}"),
+    ("dead", "dead", "{:.1%}"),
+    ("uniform", "uniform", "{:.1%}"),
+)
+
+
 def describe_row(row: Mapping[str, Any], epochs: int) -> str:
     """One line on an epoch."""
 
     def figures(split: str) -> str:
-        get = {
-            short: row.get(f"{split}/{name}", math.nan)
-            for short, name in (
-                ("acc", "accuracy"),
-                ("ce", "entropy"),
-                ("ca", "area"),
-                ("cd", "dispersion"),
-                ("dead", "dead"),
-            )
-        }
-        return (
-            f"{split} acc {get['acc']:.3f} ce {get['ce']:.3f} ca {get['ca']:.3f} "
-            f"cd {get['cd']:.3f} dead {get['dead']:.1%}"
-        )
+        shown = [
+            f"{short} {form.format(row[f'{split}/{name}'])}"
+            for short, name, form in _SHOWN
+            if f"{split}/{name}" in row
+        ]
+        return " ".join([split, *(shown or ["nothing measured"])])
 
     return (
         f"epoch {row['epoch']}/{epochs} | {figures('train')} | {figures('test')} | "

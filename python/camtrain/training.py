@@ -1,4 +1,4 @@
-"""The Lightning module: a classifier with CAM entropy in its loss."""
+"""The Lightning modules: classifiers with a term of their maps in the loss."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 import camkernels as ck
 from camkernels import backends
 from camtrain.config import FitConfig
+from camtrain.data.sampling import generator
 from camtrain.errors import CamtrainError
-from camtrain.measures import EpochMeasures
+from camtrain.measures import ConsistencyMeasures, EpochMeasures, SplitMeasures
 from camtrain.models import default_layer
+
+# A weight that no float32 loss feels, with which the consistency is measured.
+MEASURED_ONLY = 1e-30
 
 
 class Classifier(pl.LightningModule):
@@ -33,28 +37,31 @@ class Classifier(pl.LightningModule):
         self.config = config
         self.layer = config.layer or default_layer(config.arch)
         self.measures = nn.ModuleDict(
-            {"train_": EpochMeasures(classes), "test_": EpochMeasures(classes)}
+            {f"{split}_": self._make_measures(classes) for split in ("train", "test")}
         )
         self.damaged: set[str] = set()
         # in a list, so that Lightning does not register it (and the model) a second time
-        self._criterion: list[Any] = [self._make_criterion()]
+        try:
+            self._criterion: list[Any] = [self._make_criterion()]
+        except ValueError as error:  # the layer's name, with the near ones; an option
+            raise CamtrainError(str(error)) from error
+
+    def _make_measures(self, classes: int) -> SplitMeasures:
+        return EpochMeasures(classes)
 
     def _make_criterion(self) -> Any:
         config = self.config
-        try:
-            return ck.CAMEntropyLoss(
-                self.model,
-                self.layer,
-                beta=config.beta,
-                regularizer=config.regularizer,
-                target=config.target,
-                other_classes=config.other_classes,
-                normalize=config.normalize,
-                label_smoothing=config.label_smoothing,
-                head=config.head_path,
-            )
-        except ValueError as error:  # the layer's name, with the near ones
-            raise CamtrainError(str(error)) from error
+        return ck.CAMEntropyLoss(
+            self.model,
+            self.layer,
+            beta=config.beta,
+            regularizer=config.regularizer,
+            target=config.target,
+            other_classes=config.other_classes,
+            normalize=config.normalize,
+            label_smoothing=config.label_smoothing,
+            head=config.head_path,
+        )
 
     @property
     def criterion(self) -> Any:
@@ -65,22 +72,35 @@ class Classifier(pl.LightningModule):
         """Take the hooks off the model."""
         self.criterion.close()
 
-    def split(self, name: str) -> EpochMeasures:
+    def split(self, name: str) -> SplitMeasures:
         """Measures of ``train`` or ``test``."""
         measures = self.measures[f"{name}_"]
-        assert isinstance(measures, EpochMeasures)
+        assert isinstance(measures, SplitMeasures)
         return measures
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam at a constant rate, as in the paper."""
+    def configure_optimizers(self) -> Any:
+        """Adam or SGD, at a constant rate or one that falls by steps of epochs."""
+        config = self.config
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.Adam(parameters, lr=self.config.lr)
+        shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, momentum=config.momentum, **shared)
+        else:
+            optimizer = torch.optim.Adam(parameters, **shared)
+        if config.lr_step == 0:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step, config.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_epoch_start(self) -> None:
         """Set beta of the epoch, and the random state, so that dropout repeats after a resume."""
+        self._begin_epoch()
+        torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
+
+    def _begin_epoch(self) -> None:
         warm = self.current_epoch >= self.config.warmup_epochs
         self.criterion.beta = self.config.beta if warm else 0.0
-        torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
 
     def _step(self, batch: dict[str, Any], split: str) -> Tensor | None:
         self.damaged.update(batch.get("damaged", ()))
@@ -90,9 +110,15 @@ class Classifier(pl.LightningModule):
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.model(images)
-        criterion = self.criterion
-        loss: Tensor = criterion(logits, targets)
-        self.split(split).update(
+        loss: Tensor = self.criterion(logits, targets)
+        self._measure(split, batch, logits, loss)
+        return loss
+
+    def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
+        criterion, images, targets = self.criterion, batch["images"], batch["targets"]
+        measures = self.split(split)
+        assert isinstance(measures, EpochMeasures)
+        measures.update(
             logits,
             targets,
             loss,
@@ -102,7 +128,6 @@ class Classifier(pl.LightningModule):
             batch.get("boxes"),
             images.shape[-2:],
         )
-        return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of a batch."""
@@ -123,3 +148,57 @@ class Classifier(pl.LightningModule):
         except Exception as error:
             backend = f"none ({error})"
         return {"head": str(self.criterion.head), "backend": backend}
+
+
+class ConsistencyClassifier(Classifier):
+    """Trains ``model`` by cross-entropy + alpha x (1 - SSIM) + beta x norm of the maps.
+
+    Source: Staying consistent with GradCAM, eqs. 1 to 4.
+    """
+
+    def _make_measures(self, classes: int) -> SplitMeasures:
+        return ConsistencyMeasures(classes)
+
+    def _make_criterion(self) -> Any:
+        config = self.config
+        return ck.CAMConsistencyLoss(
+            self.model,
+            self.layer,
+            alpha=config.alpha,
+            beta=config.beta,
+            p=config.norm,
+            target=config.target,
+            relu=config.map_relu,
+            transform=self._views(0),
+            size=(config.image_size, config.image_size),
+            window=config.window,
+            window_size=config.window_size,
+            sigma=config.sigma,
+            padding=config.padding,
+        )
+
+    def _views(self, *key: int) -> Any:
+        """What draws the second view, by ``key`` alone, so that a resumed run repeats it."""
+        seed = int(generator(self.config.seed, 9, *key).integers(1 << 62))
+        return ck.RandomResizedCropFlip((self.config.view_scale, 1.0), seed=seed)
+
+    def _begin_epoch(self) -> None:
+        """There is no warm-up: the paper begins with a trained network."""
+        self.criterion.alpha = self.config.alpha
+        self.criterion.transform = self._views(self.current_epoch + 1, self.global_rank)
+
+    def on_validation_epoch_start(self) -> None:
+        """The same crops of the test data in every epoch; compared with alpha = 0 too."""
+        self.criterion.alpha = self.config.alpha or MEASURED_ONLY
+        self.criterion.transform = self._views(0)
+
+    def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
+        measures = self.split(split)
+        assert isinstance(measures, ConsistencyMeasures)
+        measures.update(logits, batch["targets"], loss, self.criterion.terms)
+
+
+def make_classifier(model: nn.Module, config: FitConfig, classes: int) -> Classifier:
+    """The module of ``config.recipe``."""
+    kind = ConsistencyClassifier if config.recipe == "consistency" else Classifier
+    return kind(model, config, classes)

@@ -74,6 +74,17 @@ def test_without_boxes_there_are_no_scores() -> None:
     assert measures.compute() == {}
 
 
+def test_a_loss_that_is_not_finite_shows() -> None:
+    measures = EpochMeasures(3)
+    maps = torch.rand(2, 4, 4)
+    logits, targets = torch.eye(3)[:2], torch.tensor([0, 2])
+    for loss in (torch.tensor(1.0), torch.tensor(math.nan)):
+        measures.update(logits, targets, loss, loss, ck.map_statistics(maps), maps, None, (8, 8))
+    values = measures.compute()
+    assert math.isnan(values["loss"])
+    assert values["accuracy"] == 0.5
+
+
 def test_all_dead_maps_give_no_number() -> None:
     measures = MapMeasures()
     maps = torch.zeros(2, 4, 4)

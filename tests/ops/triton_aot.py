@@ -57,7 +57,9 @@ class Case(NamedTuple):
     """One call of an op; ``wanted`` says which cotangents its backward makes.
 
     Of batch_norm_relu, relu and max_pool, all kernels: ``pooled`` with residual, mask and all that
-    is optional, or with none of it (max_pool: two windows).
+    is optional, or with none of it (max_pool: two windows). Of warp: ``pooled`` where boxes are
+    counted in pixels of another size than the source's. Of ssim and warped_ssim: ``pooled`` for
+    the usual window, or for long ones; shape is that of the maps.
     """
 
     op: str
@@ -99,6 +101,27 @@ POOLING = (
     ((64, 64, 112, 112), "bfloat16", "channels_last", True),
     ((20, 512, 13, 13), "float16", "nchw", False),
 )
+# Registers grow with a tile's pixels, and of warped_ssim with the pixels of the maps.
+SIMILARITY = (
+    ("warp", (8, 3, 224, 224), "float32", "nchw", True),
+    ("warp", (8, 3, 224, 224), "bfloat16", "channels_last", False),
+    ("warp", (8, 1, 1, 1), "float16", "sliced", True),
+    ("ssim", (8, 3, 224, 224), "float32", "nchw", True),
+    ("ssim", (8, 3, 224, 224), "float32", "sliced", False),
+    ("ssim", (8, 1, 40, 1), "bfloat16", "channels_last", True),
+    ("warped_ssim", (64, 14, 14), "float32", "nchw", True),
+    ("warped_ssim", (64, 14, 14), "bfloat16", "sliced", False),
+    ("warped_ssim", (8, 30, 20), "float32", "nchw", True),
+    ("warped_ssim", (8, 64, 64), "float32", "nchw", True),
+    ("warped_ssim", (8, 64, 64), "float32", "nchw", False),
+    ("warped_ssim", (8, 1, 1), "float16", "nchw", True),
+    ("min_max", (64, 14, 14), "float32", "nchw", True),
+    ("min_max", (8, 100, 77), "bfloat16", "sliced", True),
+    ("lp_norm", (8, 3, 224, 224), "float32", "nchw", False),
+    ("lp_norm", (64, 14, 13), "bfloat16", "sliced", False),
+    ("lp_norm", (64, 14, 14), "bfloat16", "sliced", True),
+    ("lp_norm", (8, 64, 64), "float32", "nchw", True),
+)
 
 
 def cases(group: str) -> Iterator[Case]:
@@ -112,6 +135,8 @@ def cases(group: str) -> Iterator[Case]:
         yield Case("gradient_error", (8, 3, 224, 224))
         for case in POOLING:
             yield Case("max_pool", *case)
+        for op, *rest in SIMILARITY:
+            yield Case(op, *rest)  # type: ignore[arg-type]
         return
     shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
     layouts = ("nchw", "channels_last", "sliced")
@@ -132,6 +157,11 @@ def cases(group: str) -> Iterator[Case]:
         shapes, DTYPES, ("nchw", "channels_last"), (True, False)
     ):
         yield Case("max_pool", shape, dtype, layout, pooled)
+    for (op, shape, *_), dtype, layout, pooled in itertools.product(
+        SIMILARITY, DTYPES, ("nchw", "channels_last", "sliced"), (True, False)
+    ):
+        if len(shape) == 4 or layout != "channels_last":
+            yield Case(op, shape, dtype, layout, pooled)
 
 
 def make(shape: tuple[int, ...], dtype: str, layout: str) -> Tensor:
@@ -182,6 +212,55 @@ def call_max_pool(case: Case, backend: Any) -> None:
     backend.max_pool_scatter(y, positions, window, size)
 
 
+BOXES, FLIPS = torch.empty(64, 4, dtype=torch.int64), torch.empty(64, dtype=torch.bool)
+
+
+def call_warp(case: Case, backend: Any) -> None:
+    source, shape = make(case.shape, case.dtype, case.layout), case.shape[2:]
+    boxes, flips, via = BOXES[: len(source)], FLIPS[: len(source)], (99, 77)
+    out = backend.warp_fwd(source, boxes, flips, via if case.pooled else shape, (224, 224))
+    backend.warp_bwd(out, boxes, flips, shape, via if case.pooled else shape)
+    backend.warp_bwd(source, boxes, flips, (7, 7), via if case.pooled else (7, 7))
+
+
+def similarity_options(case: Case, size: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    for length in (11,) if case.pooled else (33, 49):
+        yield (*([1.0] * min(length, side) for side in size), 1e-4, 9e-4, True)
+
+
+def call_ssim(case: Case, backend: Any) -> None:
+    x = make(case.shape, case.dtype, case.layout)
+    for options in similarity_options(case, case.shape[2:]):
+        values = backend.ssim_fwd(x, x, *options)
+        for want in ((True, True), (True, False), (False, True)):
+            backend.ssim_bwd(values, x, x, *options, *want)
+
+
+def call_warped_ssim(case: Case, backend: Any) -> None:
+    maps = make(case.shape, case.dtype, case.layout)
+    boxes, flips, size = BOXES[: len(maps)], FLIPS[: len(maps)], (224, 224)
+    for window, via in itertools.product(similarity_options(case, size), (size, case.shape[1:])):
+        options = (boxes, flips, via, size, *window)
+        values = backend.warped_ssim_fwd(maps, maps, *options)
+        for want in ((True, True), (True, False), (False, True)):
+            backend.warped_ssim_bwd(values, maps, maps, *options, *want)
+
+
+def call_min_max(case: Case, backend: Any) -> None:
+    maps = make(case.shape, case.dtype, case.layout)
+    out, extremes = backend.min_max_fwd(maps)
+    backend.min_max_bwd(out, maps, extremes)
+    backend.min_max_bwd(out.mT.contiguous().mT, maps, extremes)
+
+
+def call_lp_norm(case: Case, backend: Any) -> None:
+    values = make(case.shape, case.dtype, case.layout)
+    size = [224, 224] if case.pooled and len(case.shape) == 3 else []
+    for p in (0.0, 1.0, 2.0, 3.0, float("inf")):
+        norms = backend.lp_norm_fwd(values, p, size)
+        backend.lp_norm_bwd(norms, values, norms, p, size)
+
+
 def call(case: Case) -> None:
     """Forward and backward of one case, as the ops call the backend."""
     backend = importlib.import_module(f"camkernels.ops.{case.op}.triton")
@@ -190,6 +269,11 @@ def call(case: Case) -> None:
         "batch_norm_relu": call_batch_norm_relu,
         "gradient_error": call_gradient_error,
         "max_pool": call_max_pool,
+        "warp": call_warp,
+        "ssim": call_ssim,
+        "warped_ssim": call_warped_ssim,
+        "min_max": call_min_max,
+        "lp_norm": call_lp_norm,
     }
     if case.op in own:
         own[case.op](case, backend)

@@ -15,7 +15,9 @@ from camkernels.ops.warp.cpu import taps_bytes
 
 def planes(values: Tensor) -> Tensor:
     """(B, h, w) as it is; other ranks as one row per sample, copied where that has no strides."""
-    return values if values.dim() == 3 else values.reshape(values.shape[0], 1, -1)
+    if values.dim() == 3:
+        return values
+    return values.reshape(values.shape[0], 1, values.shape[1:].numel())
 
 
 def _run(values: Tensor, p: float, size: Sequence[int], *tensors: Tensor) -> None:

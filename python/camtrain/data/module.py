@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from camtrain.config import FitConfig
+from camtrain.data import caltech, cub
 from camtrain.data.digits import SIZES, Digits
+from camtrain.data.labelled import LabelledPictures
 from camtrain.data.sampling import EpochSampler
 from camtrain.data.voc import VOCBoxes
 
@@ -43,6 +46,11 @@ class CamtrainData(pl.LightningDataModule):
     def skipped(self) -> list[str]:
         """Messages on annotation files that could not be read."""
         return getattr(self.train, "skipped", []) + getattr(self.test, "skipped", [])
+
+    @property
+    def note(self) -> str:
+        """What the user should know about how the data was split; empty where nothing."""
+        return getattr(self.train, "note", "")
 
     def _loader(self, dataset: Any, training: bool) -> DataLoader[dict[str, Any]]:
         trainer = self.trainer
@@ -91,6 +99,8 @@ def _datasets(config: FitConfig) -> tuple[Any, Any]:
         )
         return train, test
     assert config.root is not None  # config.validate
+    if config.data in _READERS:
+        return _labelled(config, Path(config.root))
     common: dict[str, Any] = {
         "difficult": config.difficult,
         "damaged": config.damaged,
@@ -108,4 +118,25 @@ def _datasets(config: FitConfig) -> tuple[Any, Any]:
         limit=config.limit_test,
         **common,
     )
+    return train, test
+
+
+_READERS = {"cub": cub.read, "caltech101": caltech.read}
+
+
+def _labelled(config: FitConfig, root: Path) -> tuple[LabelledPictures, LabelledPictures]:
+    splits = _READERS[config.data](root)
+    common: dict[str, Any] = {"damaged": config.damaged, "seed": config.seed}
+    size = config.image_size
+    train = LabelledPictures(
+        splits.train,
+        splits.classes,
+        size,
+        augment=config.augment,
+        crop_scale=config.crop_scale,
+        limit=config.limit_train,
+        **common,
+    )
+    test = LabelledPictures(splits.test, splits.classes, size, limit=config.limit_test, **common)
+    train.note = splits.note
     return train, test

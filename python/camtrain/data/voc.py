@@ -15,13 +15,13 @@ import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from camtrain.data.pictures import MEAN, STD, Box, crop
 from camtrain.data.sampling import Draw, generator
 from camtrain.errors import CamtrainError, DamagedDataError
 
@@ -49,15 +49,6 @@ CLASSES = (
     "train",
     "tvmonitor",
 )
-
-
-class Box(NamedTuple):
-    """Pixels of the picture, from 0; top and left inclusive, so that 1 .. 10 has height 10."""
-
-    top: float
-    left: float
-    height: float
-    width: float
 
 
 @dataclass(frozen=True)
@@ -162,7 +153,7 @@ class VOCBoxes(Dataset[dict[str, Any]]):
     """
 
     classes = CLASSES
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean, std = MEAN, STD
 
     def __init__(
         self,
@@ -239,22 +230,6 @@ class VOCBoxes(Dataset[dict[str, Any]]):
                 raise
             return {"damaged": str(error)}
         return {"images": picture, "targets": torch.tensor(chosen.target)}
-
-
-def crop(path: Path, box: Box, size: int) -> torch.Tensor:
-    """The box of a picture, resized to (3, size, size) uint8; the box is cut at the border."""
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")  # decodes; a truncated file raises here
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DamagedDataError(f"damaged picture {path}: {error}") from error
-    top, left = max(box.top, 0.0), max(box.left, 0.0)
-    bottom = min(box.top + box.height, picture.height)
-    right = min(box.left + box.width, picture.width)
-    if bottom <= top or right <= left:
-        raise DamagedDataError(f"damaged picture {path}: box {tuple(box)} lies outside")
-    resized = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def describe_skipped(skipped: list[str]) -> str:

@@ -33,8 +33,14 @@ _LAYERS = {
 }
 
 
-def build_model(config: FitConfig, classes: int) -> nn.Module:
+def build_model(
+    config: FitConfig, classes: int, tell: Callable[[str], None] | None = None
+) -> nn.Module:
     """The network of ``config.arch`` with its weights and with a head for ``classes``.
+
+    Args:
+        config: of the run. classes: number of logits.
+        tell: is called with a line on a head of trained weights that was replaced.
 
     Raises:
         CamtrainError: an unknown name, a library that does not import, weights that do not fit.
@@ -57,12 +63,24 @@ def build_model(config: FitConfig, classes: int) -> nn.Module:
     if state is not None and _fits(model, state):
         model.load_state_dict(state)
         state = None
-    replace_head(model, classes, config.head_units)
+    trained = config.weights is not None and state is None
+    replaced = replace_head(model, classes, config.head_units)
     if state is not None:
-        if not _fits(model, state):
-            raise CamtrainError(f"weights: {config.weights} {_difference(model, state)}")
-        model.load_state_dict(state)
+        load_weights(model, state, f"weights: {config.weights}")
+    elif trained and replaced and tell is not None:
+        tell(f"weights: {config.weights}, but {replaced}, which begins untrained")
     return model
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load ``state`` into ``model``, in place.
+
+    Raises:
+        CamtrainError: it does not fit; begins with ``source``.
+    """
+    if not _fits(model, state):
+        raise CamtrainError(f"{source} {_difference(model, state)}")
+    model.load_state_dict(state)
 
 
 def split_name(arch: str) -> tuple[str, str]:
@@ -107,12 +125,13 @@ def _library(module: str, arch: str, hint: str) -> Any:
 
 def _torchvision(name: str, pretrained: bool) -> nn.Module:
     models = _library("torchvision.models", name, "pip install torchvision")
-    return _made(lambda: models.get_model(name, weights="DEFAULT" if pretrained else None), name)
+    make = models.get_model
+    return _made(lambda: make(name, weights="DEFAULT" if pretrained else None), name, pretrained)
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
     timm = _library("timm", name, "pip install timm")
-    return _made(lambda: timm.create_model(name, pretrained=pretrained), name)
+    return _made(lambda: timm.create_model(name, pretrained=pretrained), name, pretrained)
 
 
 def _factory(module: str, name: str) -> nn.Module:
@@ -125,11 +144,14 @@ def _factory(module: str, name: str) -> nn.Module:
     return _made(factory, f"{module}:{name}")
 
 
-def _made(make: Callable[[], Any], name: str) -> nn.Module:
+def _made(make: Callable[[], Any], name: str, pretrained: bool = False) -> nn.Module:
     try:
         model = make()
     except Exception as error:
-        raise CamtrainError(f"arch: {name} could not be made: {error}") from error
+        hint = " (--weights takes a file, 'pretrained', which may download, or 'none')"
+        raise CamtrainError(
+            f"arch: {name} could not be made: {error}{hint * pretrained}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise CamtrainError(f"arch: {name} gives {type(model).__name__}, expected an nn.Module")
     return model
@@ -184,24 +206,31 @@ def make_head(channels: int, classes: int, units: int) -> nn.Module:
     return nn.Sequential(nn.Linear(channels, units), nn.ReLU(), nn.Linear(units, classes))
 
 
-def replace_head(model: nn.Module, classes: int, units: int) -> None:
+def replace_head(model: nn.Module, classes: int, units: int) -> str:
     """Put a head for ``classes`` in place of the model's classifier, in place.
 
     The convolutional classifier of SqueezeNet ends in a ReLU, which leaves no negative logits; the
     paper's head is pooling and dense layers, so all of it is replaced. Elsewhere the last Linear
     is. Dropout before it goes: the paper has none, and it would shut out the closed form.
+
+    Returns:
+        what was replaced by what; empty where nothing was.
     """
+    made = "Linear" if units == 0 else f"Linear({units}), ReLU, Linear"
     if type(model).__name__ == "SqueezeNet":
-        channels = next(m for m in model.classifier if isinstance(m, nn.Conv2d)).in_channels  # type: ignore[union-attr]
-        head = make_head(channels, classes, units)
+        old = next(m for m in model.classifier if isinstance(m, nn.Conv2d))  # type: ignore[union-attr]
+        head = make_head(old.in_channels, classes, units)
         model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-        return
+        return (
+            f"its convolutional classifier of {old.out_channels} classes was replaced by pooling "
+            f"and {made} for {classes}"
+        )
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linears:
         raise CamtrainError(f"arch: {type(model).__name__} has no Linear to replace by a head")
     name, last = linears[-1]
     if units == 0 and last.out_features == classes:
-        return
+        return ""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     setattr(parent, child, make_head(last.in_features, classes, units))
@@ -210,3 +239,4 @@ def replace_head(model: nn.Module, classes: int, units: int) -> None:
         before = list(parent._modules)[position - 1] if position else None
         if before is not None and isinstance(parent._modules[before], nn.Dropout):
             parent._modules[before] = nn.Identity()
+    return f"its last layer of {last.out_features} classes was replaced by {made} for {classes}"

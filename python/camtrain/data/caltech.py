@@ -1,0 +1,106 @@
+"""Caltech-101: one folder of pictures per class.
+
+Layout under ``root``, ``root/caltech101`` (as torchvision has it), or ``root`` itself::
+
+    101_ObjectCategories/<class>/image_0001.jpg      train.txt, test.txt: lines of <class>/<file>
+
+There is no official split. Where both lists lie beside the folder they decide; else each class is
+split 2 : 1 by a fixed rule, the same on every machine and for every seed. ``BACKGROUND_Google`` is
+no class.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from camtrain.data.labelled import Sample, Splits, check_classes, check_files
+from camtrain.data.sampling import generator
+from camtrain.errors import CamtrainError
+
+FOLDER = "101_ObjectCategories"
+BACKGROUND = "BACKGROUND_Google"
+SUFFIXES = (".jpg", ".jpeg", ".png")
+LISTS = ("train.txt", "test.txt")
+
+
+def find(root: Path) -> Path:
+    """The folder 101_ObjectCategories."""
+    if not root.is_dir():
+        raise CamtrainError(f"root: no folder {root}")
+    for folder in (root / FOLDER, root / "caltech101" / FOLDER, root):
+        if folder.resolve().name == FOLDER and folder.is_dir():
+            return folder
+    raise CamtrainError(f"root: no folder {root / FOLDER}")
+
+
+def read(root: Path) -> Splits:
+    """Classes, in the order of their names, and both splits.
+
+    Raises:
+        CamtrainError: a folder or file that is missing, one list without the other, a line that
+            names no class, a picture in both splits, a class with nothing to learn from.
+    """
+    folder = find(root)
+    classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != BACKGROUND))
+    if not classes:
+        raise CamtrainError(f"Caltech-101: no class folder in {folder}")
+    lists = [folder.parent / name for name in LISTS]
+    there = [path for path in lists if path.is_file()]
+    if len(there) == 1:
+        (missing,) = set(lists) - set(there)
+        raise CamtrainError(f"Caltech-101: {there[0]} is there, but no file {missing}")
+    splits = _listed(folder, classes, lists) if there else _ruled(folder, classes)
+    check_classes("Caltech-101", folder, splits)
+    return splits
+
+
+def _listed(folder: Path, classes: tuple[str, ...], lists: list[Path]) -> Splits:
+    train, test = (_read_list(folder, classes, path) for path in lists)
+    both = {sample.path for sample in train} & {sample.path for sample in test}
+    if both:
+        more = f" and {len(both) - 1} more are" if len(both) > 1 else " is"
+        raise CamtrainError(
+            f"Caltech-101: {min(both)}{more} in both {lists[0].name} and {lists[1].name} of "
+            f"{folder.parent}"
+        )
+    return Splits(classes, train, test)
+
+
+def _read_list(folder: Path, classes: tuple[str, ...], path: Path) -> list[Sample]:
+    samples: dict[Path, Sample] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        name = line.strip()
+        label, slash, file = name.partition("/")
+        if not name or label == BACKGROUND:
+            continue
+        if not slash or not file or label not in classes:
+            raise CamtrainError(
+                f"Caltech-101: {path}, line {number}: expected class/file with a class folder of "
+                f"{folder}, got {name!r}"
+            )
+        samples[folder / name] = Sample(folder / name, classes.index(label))
+    found = list(samples.values())
+    check_files("Caltech-101", found, path)
+    return found
+
+
+def _ruled(folder: Path, classes: tuple[str, ...]) -> Splits:
+    train: list[Sample] = []
+    test: list[Sample] = []
+    for target, name in enumerate(classes):
+        files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
+        if len(files) < 2:
+            raise CamtrainError(
+                f"Caltech-101: {folder / name} holds {len(files)} pictures; a class takes 2"
+            )
+        # by the name, so that it does not matter which other classes are there
+        order = generator(7, zlib.crc32(name.encode())).permutation(len(files))
+        held = {int(index) for index in order[: max(1, len(files) // 3)]}
+        for index, path in enumerate(files):
+            (test if index in held else train).append(Sample(path, target))
+    note = (
+        f"caltech101: no {' and '.join(LISTS)} in {folder.parent}, so each class is split 2 : 1 by "
+        f"a fixed rule: {len(train)} pictures to train on, {len(test)} to test on"
+    )
+    return Splits(classes, train, test, note)

@@ -1,0 +1,141 @@
+"""Picture files with one class each: what CUB-200-2011 and Caltech-101 have in common."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from camtrain.data.pictures import MEAN, STD, Box, centre, random_crop, read_picture, resized
+from camtrain.data.sampling import Draw, generator
+from camtrain.errors import CamtrainError, DamagedDataError
+
+
+class Sample(NamedTuple):
+    """One picture file, its class, and where the object is, if that is known."""
+
+    path: Path
+    target: int
+    box: Box | None = None
+
+
+class Splits(NamedTuple):
+    """What the reader of a data set found."""
+
+    classes: tuple[str, ...]
+    train: list[Sample]
+    test: list[Sample]
+    note: str = ""
+    """What the user should know about the split."""
+
+
+class LabelledPictures(Dataset[dict[str, Any]]):
+    """Pictures resized to a square, by a random crop for training or by their centre.
+
+    Args:
+        samples: of the split. classes: their names.
+        image_size: side of the square, in pixels.
+        augment: a random crop with at least ``crop_scale`` of the picture, mirrored with
+            probability 0.5, drawn anew in each epoch; else the middle of the picture, always the
+            same, with ``boxes`` where every sample has one.
+        crop_scale: see ``augment``.
+        damaged: ``"error"`` raises for a file that cannot be decoded, ``"skip"`` leaves it out and
+            counts it.
+        seed: decides the crops, together with epoch and index.
+        limit: at most so many pictures, spread over the samples.
+
+    Items: ``images`` (3, size, size) uint8, ``targets`` () int64, ``boxes`` (4,) float32: top,
+    left, height, width in pixels of ``images``; or, for a file that cannot be decoded, ``damaged``.
+    """
+
+    mean, std = MEAN, STD
+    note = ""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        classes: tuple[str, ...],
+        image_size: int,
+        *,
+        augment: bool = False,
+        crop_scale: float = 0.08,
+        damaged: str = "error",
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self.classes, self.image_size = classes, image_size
+        self.augment, self.crop_scale = augment, crop_scale
+        self.damaged, self.seed = damaged, seed
+        self.samples = list(samples)
+        if limit is not None and limit < len(self.samples):
+            chosen = np.linspace(0, len(self.samples), limit, endpoint=False).astype(int)
+            self.samples = [self.samples[index] for index in chosen]
+        self.boxed = not augment and all(sample.box is not None for sample in self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+        draw = draw if isinstance(draw, Draw) else Draw(0, draw)
+        sample = self.samples[draw.index]
+        try:
+            picture = read_picture(sample.path)
+        except DamagedDataError as error:
+            if self.damaged == "error":
+                raise
+            return {"damaged": str(error)}
+        if self.augment:
+            rng = generator(self.seed, 6, draw.epoch, draw.index)
+            cut = random_crop(rng, picture.height, picture.width, (self.crop_scale, 1.0))
+            image = resized(picture, cut, self.image_size)
+            image = image.flip(2) if rng.random() < 0.5 else image
+        else:
+            cut = centre(picture.height, picture.width)
+            image = resized(picture, cut, self.image_size)
+        item: dict[str, Any] = {"images": image, "targets": torch.tensor(sample.target)}
+        if self.boxed:
+            assert sample.box is not None
+            item["boxes"] = moved(sample.box, cut, self.image_size)
+        return item
+
+    def name(self, index: int) -> str:
+        """Class folder and file, for tables."""
+        path = self.samples[index].path
+        return f"{path.parent.name}/{path.name}"
+
+
+def moved(box: Box, cut: Box, size: int) -> Tensor:
+    """A box of the picture in pixels of the square that ``cut`` was resized to, within it."""
+    down, across = size / cut.height, size / cut.width
+    top, left = (box.top - cut.top) * down, (box.left - cut.left) * across
+    bottom, right = top + box.height * down, left + box.width * across
+    top, bottom, left, right = (min(max(edge, 0.0), size) for edge in (top, bottom, left, right))
+    return torch.tensor([top, left, bottom - top, right - left])
+
+
+def check_classes(name: str, source: Path, splits: Splits) -> None:
+    """Every class needs a picture to learn from, and something must be left to test on."""
+    counts = Counter(sample.target for sample in splits.train)
+    bare = [title for index, title in enumerate(splits.classes) if not counts[index]]
+    if bare:
+        shown = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
+        raise CamtrainError(
+            f"{name}: {source} names {len(splits.classes)} classes, and {len(bare)} of them have "
+            f"no training picture: {shown}"
+        )
+    if not splits.test:
+        raise CamtrainError(f"{name}: no test picture in {source.parent}")
+
+
+def check_files(name: str, samples: Sequence[Sample], source: Path) -> None:
+    """Every picture that a list names must be there."""
+    missing = [sample.path for sample in samples if not sample.path.is_file()]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CamtrainError(f"{name}: no file {missing[0]}{more}, which {source} names")
