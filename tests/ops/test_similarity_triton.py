@@ -37,9 +37,16 @@ pytestmark = pytest.mark.skipif(
 )
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks into Triton's interpreter")
 poisoned = pytest.mark.usefixtures("poisoned_allocations")
+SLOW = pytest.mark.slow
 # Of a value, in its dtype (the interpreter truncates bfloat16), besides what sums are off by.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 OF_THE_LARGEST = 4e-6
+# Mixed dtypes are slow ones: a call takes seconds in the interpreter.
+DTYPE_PAIRS = [
+    pytest.param((d, e), marks=[] if d == e else SLOW, id=f"{d}-{e}")
+    for d in ROUNDING
+    for e in ROUNDING
+]
 BAD_BOXES = [
     (-1, 0, 2, 2), (0, -1, 2, 2), (0, 0, 0, 2), (0, 0, 2, 0), (0, 0, -3, 2), (19, 0, 2, 2),
     (0, 29, 2, 2), (0, 0, 21, 2), (0, 0, 2, 31), (2**40, 0, 2, 2), (0, 2**32, 2, 2),
@@ -292,14 +299,14 @@ def test_ssim(size: Any, kind: str, length: int, same: bool) -> None:
 
 @poisoned
 @pytest.mark.parametrize("same", [False, True])
-@pytest.mark.parametrize("length", [19, 33, 49])
+@pytest.mark.parametrize("length", [19, pytest.param(33, marks=SLOW), pytest.param(49, marks=SLOW)])
 def test_ssim_of_long_windows(length: int, same: bool) -> None:
     x, y = random(1, 1, 67, 50), random(1, 1, 67, 50, seed=1)
     compare_ssim(x, x + y, *windows((67, 50), "lopsided", length), same)
 
 
 @poisoned
-@pytest.mark.parametrize("dtypes", [(d, e) for d in ROUNDING for e in ROUNDING])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded", "sliced"])
 def test_ssim_strides_dtypes_and_wants(layout: str, dtypes: Any) -> None:
     x = laid(random(2, 3, 13, 19, dtype=dtypes[0]), layout)
@@ -413,7 +420,7 @@ def test_warped_ssim_over_few_and_many_programs(
 
 
 @poisoned
-@pytest.mark.parametrize("dtypes", [(d, e) for d in ROUNDING for e in ROUNDING])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS)
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
 def test_warped_ssim_strides_dtypes_and_wants(layout: str, dtypes: Any) -> None:
     boxes, flips = random_boxes((20, 30), 3, 5)

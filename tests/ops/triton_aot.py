@@ -123,6 +123,9 @@ SIMILARITY = (
     ("lp_norm", (8, 64, 64), "float32", "nchw", True),
 )
 
+# One of each op: kernels with dot products take many seconds to compile.
+FEW_SIMILARITY = (0, 3, 6, 12, 16)
+
 
 def cases(group: str) -> Iterator[Case]:
     yield from MAPS
@@ -135,7 +138,7 @@ def cases(group: str) -> Iterator[Case]:
         yield Case("gradient_error", (8, 3, 224, 224))
         for case in POOLING:
             yield Case("max_pool", *case)
-        for op, *rest in SIMILARITY:
+        for op, *rest in (SIMILARITY[i] for i in FEW_SIMILARITY):
             yield Case(op, *rest)  # type: ignore[arg-type]
         return
     shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
