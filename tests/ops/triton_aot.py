@@ -124,7 +124,7 @@ SIMILARITY = (
 )
 
 # One of each op: kernels with dot products take many seconds to compile.
-FEW_SIMILARITY = (0, 3, 6, 12, 16)
+FEW_SIMILARITY = (0, 3, 6, 12, 14, 16)
 
 
 def cases(group: str) -> Iterator[Case]:
