@@ -45,6 +45,8 @@ def cases(options: Options) -> list[Case]:
                 *_functions(shape, options),
                 lambda s=shape: _maps(s, options),  # type: ignore[misc]
             ),
+            # forward reads both maps, backward reads them again and writes both cotangents
+            ideal_bytes=6 * shape[0] * shape[1] ** 2 * options.torch_dtype.itemsize,
             facts={"shape": list(shape)},
         )
         for shape in (((2, 7, 32),) if options.quick else SHAPES)
