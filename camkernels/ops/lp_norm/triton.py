@@ -19,7 +19,7 @@ from torch import Tensor
 
 from camkernels.ops import _triton_launch as host
 from camkernels.ops._triton_statistics import load_pixels
-from camkernels.ops._triton_warp import check_axis, matrix, reach
+from camkernels.ops._triton_warp import check_axis, pair
 
 LARGEST_MAP = 64
 TILE, TILE_WARPS = tl.constexpr(16), 4
@@ -47,8 +47,8 @@ def largest_of(x):
 
 
 @triton.jit
-def partial(x, norm, p, KIND: tl.constexpr):
-    """The largest magnitude and the sum of x (BLOCK,), which is 0 where there is nothing."""
+def partial(x, norm_ptr, partial_ptr, p, KIND: tl.constexpr):
+    """Write the largest magnitude and the sum of x (BLOCK,), which is 0 where there is nothing."""
     x = tl.abs(x)
     largest = largest_of(x)
     if KIND == ZERO:
@@ -58,11 +58,13 @@ def partial(x, norm, p, KIND: tl.constexpr):
     elif KIND == LARGEST:
         total = largest
     elif KIND == TIES:
-        total = tl.sum(tl.where(x == norm, 1.0, 0.0), 0)
+        total = tl.sum(tl.where(x == tl.load(norm_ptr), 1.0, 0.0), 0)
     else:
         unit = tl.zeros_like(x) + tl.where(largest == 0, 1.0, largest)
         total = tl.sum(power(tl.div_rn(x, unit), p, KIND), 0)
-    return largest, total
+    partial_ptr += tl.program_id(0).to(tl.int64) * 2
+    tl.store(partial_ptr, largest)
+    tl.store(partial_ptr + 1, total)
 
 
 @triton.jit
@@ -101,21 +103,33 @@ def lp_norm_blocks_kernel(
     b, j = (tl.program_id(0) // J).to(tl.int64), tl.program_id(0) % J
     pixels = j * BLOCK + tl.arange(0, BLOCK)
     x = load_pixels(values_ptr + b * stride_b, pixels, P, W, stride_y, stride_x, FLAT, False)
-    norm = 0.0
-    if KIND == TIES:
-        norm = tl.load(norms_ptr + b)
-    largest, total = partial(x, norm, p, KIND)
-    partial_ptr += tl.program_id(0).to(tl.int64) * 2
-    tl.store(partial_ptr, largest)
-    tl.store(partial_ptr + 1, total)
+    partial(x, norms_ptr + b, partial_ptr, p, KIND)
+
+
+@triton.jit
+def reach(index, source, size):
+    """The first and the last pixel of the map that outputs ``index`` (TILE,) touch."""
+    index = tl.minimum(index, size - 1)
+    below, above, _ = pair((2 * index + 1) * source - size, 2 * size, source - 1)
+    return tl.min(below, 0), tl.max(above, 0)
+
+
+@triton.jit
+def matrix(index, source, size, first, COLUMNS: tl.constexpr):
+    """Rows ``index`` (TILE,) and COLUMNS columns from ``first`` of P or Q; any for no output."""
+    below, above, share = pair((2 * index + 1) * source - size, 2 * size, source - 1)
+    column = first + tl.arange(0, COLUMNS)[None, :]
+    found = tl.where(below[:, None] == column, (1 - share)[:, None], 0.0)
+    found += tl.where(above[:, None] == column, share[:, None], 0.0)
+    return found
 
 
 @triton.jit
 def tile_of(values_ptr, row, column, h, w, H, W, stride_y, stride_x):
     """P v Q^T at row, column (TILE,), 0 outside: from chunks of the map that it touches."""
     i = tl.arange(0, TILE)
-    first_y, last_y = reach(row, 0, h, 0, h, h, H, False)
-    first_x, last_x = reach(column, 0, w, 0, w, w, W, False)
+    first_y, last_y = reach(row, h, H)
+    first_x, last_x = reach(column, w, W)
     total = tl.zeros((TILE, TILE), tl.float32)
     for x0 in range(first_x, last_x + 1, TILE):
         part = tl.zeros((TILE, TILE), tl.float32)
@@ -123,11 +137,11 @@ def tile_of(values_ptr, row, column, h, w, H, W, stride_y, stride_x):
             y, x = (y0 + i)[:, None], (x0 + i)[None, :]
             at = values_ptr + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
             values = tl.load(at, mask=(y < h) & (x < w), other=0.0).to(tl.float32)
-            rows = matrix(row, 0, h, 0, h, h, H, y0, False, TILE)
+            rows = matrix(row, h, H, y0, TILE)
             part = tl.dot(rows, values, part, input_precision="ieee")
-        columns = matrix(column, 0, w, 0, w, w, W, x0, False, TILE)
+        columns = matrix(column, w, W, x0, TILE)
         total = tl.dot(part, tl.trans(columns), total, input_precision="ieee")
-    # What does not exist is 0 even where the map holds NaN.
+    # What does not exist is 0, and so is its cotangent.
     return tl.where((row < H)[:, None] & (column < W)[None, :], total, 0.0)
 
 
@@ -143,13 +157,7 @@ def lp_norm_tiles_kernel(
     i = tl.arange(0, TILE)
     row, column = tile // across * TILE + i, tile % across * TILE + i
     values = tile_of(values_ptr + b * stride_b, row, column, h, w, H, W, stride_y, stride_x)
-    norm = 0.0
-    if KIND == TIES:
-        norm = tl.load(norms_ptr + b)
-    largest, total = partial(tl.ravel(values), norm, p, KIND)
-    partial_ptr += tl.program_id(0).to(tl.int64) * 2
-    tl.store(partial_ptr, largest)
-    tl.store(partial_ptr + 1, total)
+    partial(tl.ravel(values), norms_ptr + b, partial_ptr, p, KIND)
 
 
 @triton.jit
@@ -225,8 +233,8 @@ def lp_norm_tiles_bwd_kernel(
         row, column = tile // across * TILE + i, tile % across * TILE + i
         values = tile_of(values_ptr, row, column, h, w, H, W, stride_y, stride_x)
         found = cotangent(values, norm, given, ties, exponent, KIND)
-        rows = matrix(row, 0, h, 0, h, h, H, 0, False, MAP_Y)
-        columns = matrix(column, 0, w, 0, w, w, W, 0, False, MAP_X)
+        rows = matrix(row, h, H, 0, MAP_Y)
+        columns = matrix(column, w, W, 0, MAP_X)
         part = tl.zeros((MAP_Y, TILE), tl.float32)
         part = tl.dot(tl.trans(rows), found, part, input_precision="ieee")
         sums = tl.dot(part, columns, sums, input_precision="ieee")

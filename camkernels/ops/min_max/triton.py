@@ -116,5 +116,6 @@ def min_max_bwd(grad: Tensor, maps: Tensor, extremes: Tensor) -> Tensor:
             min_max_bwd_kernel, (maps.shape[0],), maps, grad, maps, extremes.contiguous(), out,
             pixels, maps.shape[2], maps.stride(0), strides.stride_y, strides.stride_x,
             grad.stride(0), given.stride_y, given.stride_x, **shared, **_blocks(pixels),
+            maxnreg=host.MAX_REGISTERS,  # left to itself it spills for 80 (sm_120)
         )  # fmt: skip
     return out
