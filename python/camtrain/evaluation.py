@@ -22,6 +22,7 @@ from camtrain.data.pictures import random_crop
 from camtrain.data.sampling import generator
 from camtrain.insertion import class_score, insertion_auc
 from camtrain.models import load_weights, read_weights
+from camtrain.training import ssim_options
 
 SCORES = "consistency_scores"
 # Of the crops that maps are compared under; the same for every run, so that scores compare.
@@ -172,10 +173,7 @@ def _rows(
             images,
             *place,
             relu=config.map_relu,
-            window=config.window,
-            window_size=config.window_size,
-            sigma=config.sigma,
-            padding=config.padding,
+            **ssim_options(config),
         )
     listed = {name: values.tolist() for name, values in columns.items()}
     indices = batch["index"].tolist()

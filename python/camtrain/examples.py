@@ -49,10 +49,15 @@ class ExampleCollector(Callback):
         self.collect(pl_module)
 
     def collect(self, module: Classifier) -> None:
-        """Lightning calls no hook where a run is resumed after its last epoch: :func:`fit` does."""
+        """Describe the criterion, take it off the model, and explain.
+
+        Lightning calls no hook where a run is resumed after its last epoch: :func:`fit` does.
+        """
+        description = module.describe()
+        module.close()  # without gradients two taps of one layer stand in each other's way
         consistency = isinstance(module, ConsistencyClassifier)
         examples = explain(module.model, module.layer, self.items, self.data, consistency)
-        self.found = {**module.describe(), "examples": examples}
+        self.found = {**description, "examples": examples}
 
 
 def example_items(data: CamtrainData, count: int) -> list[dict[str, Tensor]]:

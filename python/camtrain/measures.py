@@ -89,6 +89,8 @@ class SampleMean(Metric):
     """Mean over samples; unlike torchmetrics' own it is not finite where a value was not."""
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()

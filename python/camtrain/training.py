@@ -150,6 +150,11 @@ class Classifier(pl.LightningModule):
         return {"head": str(self.criterion.head), "backend": backend}
 
 
+def ssim_options(config: FitConfig) -> dict[str, Any]:
+    """How maps are compared, as :func:`camkernels.ssim` takes it."""
+    return {name: getattr(config, name) for name in ("window", "window_size", "sigma", "padding")}
+
+
 class ConsistencyClassifier(Classifier):
     """Trains ``model`` by cross-entropy + alpha x (1 - SSIM) + beta x norm of the maps.
 
@@ -171,10 +176,7 @@ class ConsistencyClassifier(Classifier):
             relu=config.map_relu,
             transform=self._views(0),
             size=(config.image_size, config.image_size),
-            window=config.window,
-            window_size=config.window_size,
-            sigma=config.sigma,
-            padding=config.padding,
+            **ssim_options(config),
         )
 
     def _views(self, *key: int) -> Any:

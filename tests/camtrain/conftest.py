@@ -13,6 +13,7 @@ pytest.importorskip("sklearn", reason="the training program's extras are not ins
 
 from camtrain import config as configuration
 from camtrain.config import FitConfig
+from picture_files import TinyCUB
 from voc_files import TinyVOC
 
 
@@ -49,5 +50,23 @@ def tiny(tmp_path: Path) -> Callable[..., FitConfig]:
             "out": str(tmp_path / "run"),
         }
         return configuration.resolve({**base, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def birds(tmp_path: Path) -> TinyCUB:
+    return TinyCUB(tmp_path / "data")
+
+
+@pytest.fixture
+def run_on(tiny: Callable[..., FitConfig], birds: TinyCUB) -> Callable[..., FitConfig]:
+    """A configuration of the recipe on the tiny birds, which trains in a second."""
+
+    def make(**overrides: Any) -> FitConfig:
+        base = {"recipe": "consistency", "data": "cub", "root": str(birds.root),
+                "arch": "smallresnet", "beta": 1e-6, "batch_size": 3, "workers": 0,
+                "insertion_steps": 4}  # fmt: skip
+        return tiny(**{**base, **overrides})
 
     return make
