@@ -124,7 +124,7 @@ SIMILARITY = (
 )
 
 # One of each op, and what once spilled: kernels with dot products take many seconds to compile.
-FEW_SIMILARITY = (0, 3, 6, 12, 13, 14, 16)
+FEW_SIMILARITY = (0, 3, 5, 6, 12, 13, 14, 16)
 
 
 def cases(group: str) -> Iterator[Case]:

@@ -22,9 +22,10 @@ from camkernels.ops import _triton_launch as host
 
 # Variances are differences of means of squares: tf32 would leave nothing of them.
 PRECISION = tl.constexpr("ieee")
-# A product outside the tensor cores holds whole rows and columns in registers: longer ones spill.
-# The limit is said since ptxas spills a few by itself to get down to 80.
-TILE = {"OUT": 16, "CHUNK": 16, "num_warps": 8, "maxnreg": host.MAX_REGISTERS}
+# A product outside the tensor cores holds whole rows and columns in registers: longer ones spill,
+# and loads ahead of their turn (stages) take what is left. The limit is said since ptxas by itself
+# spills a few to get down to 80.
+TILE = {"OUT": 16, "CHUNK": 16, "num_warps": 8, "num_stages": 1, "maxnreg": host.MAX_REGISTERS}
 
 
 @triton.jit

@@ -24,7 +24,8 @@ Size = tuple[int, int]
 def boxes_are_valid(boxes: Tensor, via: Size) -> Tensor:
     """(B,) bool."""
     top, left, height, width = boxes.unbind(1)
-    inside = (top >= 0) & (left >= 0) & (top + height <= via[0]) & (left + width <= via[1])
+    # what is compared cannot overflow, as top + height could
+    inside = (top >= 0) & (left >= 0) & (height <= via[0] - top) & (width <= via[1] - left)
     return inside & (height > 0) & (width > 0)
 
 
