@@ -25,7 +25,7 @@ def mean_over_live(entropies: Tensor, maps: Tensor) -> Tensor:
     return torch.where(live, entropies, 0.0).sum() / live.sum().clamp_min(1)
 
 
-class _Kept:
+class Kept:
     """Holds the output of a layer for as long as one loss needs it."""
 
     activations: Tensor | None = None
@@ -59,7 +59,7 @@ def _penalty(activations: Tensor, scores: Tensor, targets: Tensor) -> Tensor:
 
 def separate(model: nn.Module, layer: str, beta: float) -> tuple[Loop, Callable[[], None]]:
     """A second forward for the map, as the published loops do."""
-    kept = _Kept(model.get_submodule(layer))
+    kept = Kept(model.get_submodule(layer))
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
         cross_entropy = F.cross_entropy(model(images), targets)
@@ -71,7 +71,7 @@ def separate(model: nn.Module, layer: str, beta: float) -> tuple[Loop, Callable[
 
 def careful(model: nn.Module, layer: str, beta: float) -> tuple[Loop, Callable[[], None]]:
     """One forward, its activations kept by a hook, ``create_graph=True``."""
-    kept = _Kept(model.get_submodule(layer))
+    kept = Kept(model.get_submodule(layer))
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
         logits = model(images)
@@ -85,7 +85,7 @@ def closed_form(
     model: nn.Module, layer: str, linear: str, beta: float
 ) -> tuple[Loop, Callable[[], None]]:
     """One forward, alpha = W[c] / Z: no inner backward at all."""
-    kept = _Kept(model.get_submodule(layer))
+    kept = Kept(model.get_submodule(layer))
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
         logits = model(images)

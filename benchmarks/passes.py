@@ -14,7 +14,8 @@ the bytes of all BatchNorm inputs of one forward (float32). Counted, on the CPU:
   their bytes; and any copy that its Python side makes.
 - Only activations: tensors (B, C, H, W), also transposed to (C, B, H, W). Broadcast dimensions
   (stride 0) are not memory. Not counted: convolutions and matrix products, forward and backward
-  (the floor in convolutions is another figure), views, allocations, parameters and logits.
+  (the floor in convolutions is another figure; the result of a strided data gradient is one, also
+  where camkernels spreads it over zeros), views, allocations, parameters and logits.
 
 Of the categories "accumulation" is autograd's sum of the cotangents of a tensor with several uses,
 "convolutions' copies" what the composite double backward of a convolution does around the
@@ -38,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from camkernels.ops import _chain
+from camkernels.ops.conv2d import pointwise
 
 NORM = "BatchNorm and ReLU"
 RESIDUAL = "residual adds"
@@ -141,7 +143,8 @@ def _training(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def _kernels_counted(traffic: Traffic, mode: _Operators) -> Iterator[None]:
-    """Every kernel that a room of camkernels asks for by ``_chain.implementation`` is counted."""
+    """Every kernel that a room of camkernels asks for by ``_chain.implementation`` is counted, and
+    what a convolution writes into its result is not."""
     original = _chain.implementation
 
     def counted(op: str, kernel: str, backend: str) -> Callable[..., Any]:
@@ -166,11 +169,22 @@ def _kernels_counted(traffic: Traffic, mode: _Operators) -> Iterator[None]:
 
     modules = [m for n, m in sys.modules.items() if n.startswith("camkernels") and m is not None]
     holders = [m for m in modules if getattr(m, "implementation", None) is original]
+    spread = pointwise.spread
+
+    def convolution(*args: Any) -> Tensor:
+        mode.paused += 1
+        try:
+            return spread(*args)
+        finally:
+            mode.paused -= 1
+
     for module in holders:
         module.implementation = counted  # type: ignore[attr-defined]
+    pointwise.spread = convolution
     try:
         yield
     finally:
+        pointwise.spread = spread
         for module in holders:
             module.implementation = original  # type: ignore[attr-defined]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from camkernels import backends
+from camkernels.functional import _Checks
 from camkernels.ops import _validate
 from camkernels.ops.lp_norm import reference as _lp_reference
 from camkernels.ops.lp_norm.op import lp_norm_fwd
@@ -335,8 +336,6 @@ def _boxes(
 
 
 def _check_boxes(boxes: Tensor, via: tuple[int, int]) -> None:
-    from camkernels.functional import _Checks
-
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(boxes):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import camkernels as ck
 from benchmarks import eager, loops
-from benchmarks.harness import Benchmark, Case, Options, Side
+from benchmarks.harness import Benchmark, Case, Options, Side, require_agreement
 from benchmarks.members import _steps
 from benchmarks.members._steps import Maker
 
@@ -47,7 +47,7 @@ def _ours(swap: Callable[[nn.Module], nn.Module]) -> Maker:
 
 
 def _eager(model: nn.Module) -> tuple[loops.Loop, Callable[[], None]]:
-    kept = loops._Kept(model.layer4)  # type: ignore[arg-type]
+    kept = loops.Kept(model.layer4)  # type: ignore[arg-type]
     draw = _views()
 
     def maps(logits: Tensor, classes: Tensor) -> Tensor:
@@ -86,8 +86,6 @@ MAKERS: dict[str, Maker] = {
 
 def check(name: str, options: Options) -> None:
     """In float64 all sides but plain give the same gradients."""
-    from benchmarks.harness import require_agreement
-
     images, targets = _steps.batch(2, 64, options, torch.float64)
     results = {}
     for side_name, maker in MAKERS.items():

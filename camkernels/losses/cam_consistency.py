@@ -15,7 +15,7 @@ from camkernels.losses._contrast import contrast
 from camkernels.taps.evaluate import Evaluator, ReshapeTransform
 from camkernels.taps.image_tap import ImageTap
 from camkernels.taps.modules import LayerLike
-from camkernels.taps.tap import Tap, TapError
+from camkernels.taps.tap import Tap
 from camkernels.taps.targets import check_logits, class_indices
 from camkernels.taps.views import Draw, RandomResizedCropFlip, View
 
@@ -23,7 +23,9 @@ _TARGETS = ("predicted", "true")
 _DISTANCES = ("ssim", "contrastive")
 _NORMALIZATIONS = ("minmax", "none")
 _VIEWS = ("separate", "joint")
-_UNIFORM = 1e-2
+# A map whose range is below this share of its largest value is uniform, and so is one that covers
+# more than that share of the picture once it is scaled to [0, 1].
+_UNIFORM, _COVERED = 1e-2, 0.8
 
 
 class CAMConsistencyLoss(nn.Module):
@@ -44,15 +46,18 @@ class CAMConsistencyLoss(nn.Module):
     again. ``views="joint"`` sends both through one forward of twice the batch: one update, of
     statistics over pictures and views together; the model must return a single tensor.
 
-    **Trivial solutions.** A constant map is consistent with itself. ``terms["dead"]`` is the share
-    of samples with an all-zero map in either view (lower ``beta`` or ``alpha``), and
-    ``terms["uniform"]`` that of maps whose range is below a hundredth of their largest value
-    (raise ``beta``). Dead samples have no gradient and are left out of the means.
+    **Trivial solutions.** A map that says the same everywhere is consistent with itself.
+    ``terms["dead"]`` is the share of samples with an all-zero map in either view (lower ``beta`` or
+    ``alpha``). ``terms["uniform"]`` is that of maps of the pictures which are nearly constant
+    (their range is below a hundredth of their largest value) or cover the picture (their mean is
+    above 0.8 once they are scaled to [0, 1]; raise ``beta``, or lower ``alpha``). Dead samples have
+    no gradient and are left out of the means.
 
     Args:
         model: the classifier; DistributedDataParallel is opened. It is held, not registered.
         layer: name or module with output (B, K, h, w).
-        alpha: weight of the consistency, settable later. With 0 no second view is made.
+        alpha: weight of the consistency, settable later. With 0 no second view is made where
+            gradients are on; without them the consistency is measured all the same.
         beta: weight of the sparsity, settable later; the norm is over all pixels of the enlarged
             map. p: its order, at least 1, or 0 (a count, which has no gradient).
         transform: what draws t: None for ``RandomResizedCropFlip()`` (scale 0.08 to 1, ratio 3/4
@@ -218,7 +223,8 @@ class CAMConsistencyLoss(nn.Module):
             reduction=self.reduction, label_smoothing=self.label_smoothing,
         )  # fmt: skip
         with torch.set_grad_enabled(enabled and (self.alpha != 0 or self.beta != 0)):
-            raw, other = self._maps(logits, classes, images, view)
+            compared = self.alpha != 0 or not enabled
+            raw, other = self._maps(logits, classes, images, view, compared)
             first = self._normalized(raw)
             dead, uniform = _trivial(raw)
             loss, terms = cross_entropy, {"cross_entropy": cross_entropy.detach().mean()}
@@ -227,7 +233,7 @@ class CAMConsistencyLoss(nn.Module):
                 distance, self._scores = self._distance(
                     first, self._normalized(other), view, images, valid & ~dead
                 )
-                loss = loss + self.alpha * distance
+                loss = loss + self.alpha * distance if self.alpha != 0 else loss
                 terms["consistency"] = reduce(self._scores, valid & ~dead, "mean")
         with torch.set_grad_enabled(enabled and self.beta != 0):
             norms = C.lp_norm(first, self.p, size=(images.shape[2], images.shape[3]))
@@ -271,16 +277,16 @@ class CAMConsistencyLoss(nn.Module):
         return View(boxes, none if flips is None else flips)
 
     def _maps(
-        self, logits: Tensor, classes: Tensor, images: Tensor, view: View
+        self, logits: Tensor, classes: Tensor, images: Tensor, view: View, compared: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps of the pictures and of the views."""
+        """Maps of the pictures, and of the views where they are ``compared`` or there already."""
         joined = self._images.joined
         if joined is not None:
             maps = self._evaluate(joined, classes.repeat(2))[0].maps
             first, second = maps.chunk(2)
-            return first, second if self.alpha != 0 else None
+            return first, second
         first = self._evaluate(logits, classes)[0].maps
-        if self.alpha == 0:
+        if not compared:
             return first, None
         views = self._make(images, view)
         return first, self._evaluate(self._images.again(views), classes)[0].maps
@@ -310,7 +316,8 @@ class CAMConsistencyLoss(nn.Module):
         """Parts of the last loss, detached and 0-dim, for logging.
 
         ``cross_entropy``; ``consistency``: mean SSIM over live samples (absent where ``alpha`` is
-        0); ``sparsity``: their mean norm, before beta; ``dead`` and ``uniform``: shares of samples.
+        0 and gradients were on); ``sparsity``: their mean norm, before beta; ``dead`` and
+        ``uniform``: shares of samples.
         Empty before the first call.
         """
         if self._terms:
@@ -345,15 +352,13 @@ class CAMConsistencyLoss(nn.Module):
 
 
 def _trivial(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Which maps are all zero, and which are not but nearly constant; (B,) bool each."""
+    """Which maps are all zero, and which are not but say the same nearly everywhere; (B,) bool."""
     values = maps.detach().flatten(1)
     if not values.numel():
         none = torch.zeros(len(values), dtype=torch.bool, device=values.device)
         return none, none
     low, high = values.amin(1), values.amax(1)
-    largest = torch.maximum(low.abs(), high.abs())
+    span, largest = high - low, torch.maximum(low.abs(), high.abs())
     dead = largest == 0
-    return dead, ~dead & (high - low <= _UNIFORM * largest)
-
-
-__all__ = ["CAMConsistencyLoss", "TapError"]
+    covers = values.mean(1) - low > _COVERED * span
+    return dead, ~dead & ((span <= _UNIFORM * largest) | covers)

@@ -98,36 +98,6 @@ def weight_of(pixel, index, begin, length, source, via, size, COMPOSED: tl.const
     return weight
 
 
-@triton.jit
-def reach(index, begin, length, flip, source, via, size, COMPOSED: tl.constexpr):
-    """The first and the last pixel of the source that outputs ``index`` (BLOCK,) touch."""
-    index = tl.minimum(tl.maximum(index, 0), size - 1)
-    a, b, _, d, _, _, _, _ = taps(index, begin, length, flip, source, via, size, COMPOSED)
-    last = b
-    if COMPOSED:
-        last = d
-    return tl.min(a, 0), tl.max(last, 0)
-
-
-@triton.jit
-def matrix(
-    index, begin, length, flip, source, via, size, first,
-    COMPOSED: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Rows ``index`` (BLOCK,) and columns from ``first`` of P or Q, (BLOCK, COLUMNS); zero for
-    outputs that do not exist."""
-    exists = (index >= 0) & (index < size)
-    index = tl.minimum(tl.maximum(index, 0), size - 1)
-    a, b, c, d, w_a, w_b, w_c, w_d = taps(index, begin, length, flip, source, via, size, COMPOSED)
-    column = first + tl.arange(0, COLUMNS)[None, :]
-    found = tl.where(a[:, None] == column, w_a[:, None], 0.0)
-    found += tl.where(b[:, None] == column, w_b[:, None], 0.0)
-    if COMPOSED:
-        found += tl.where(c[:, None] == column, w_c[:, None], 0.0)
-        found += tl.where(d[:, None] == column, w_d[:, None], 0.0)
-    return tl.where(exists[:, None], found, 0.0)
-
-
 def check_axis(source: int, via: int, size: int) -> None:
     """Twice the products of two sizes must fit 32 bit."""
     if 2 * (via + 2) * (max(source, size) + 2) >= 2**31:

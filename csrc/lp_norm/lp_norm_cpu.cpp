@@ -40,9 +40,7 @@ struct Rows {
     CAMKERNELS_SWITCH(A, args.values.dtype, {
       const T* from = static_cast<const T*>(args.values.data) + b * args.values.stride_b +
                       r * args.values.stride_h;
-      for (int64_t j = 0; j < args.sizes.width; ++j) {
-        row[j] = element<A>(from + j * args.values.stride_w);
-      }
+      read_row(from, args.values.stride_w, args.sizes.width, row);
     });
     return row;
   }
@@ -51,7 +49,7 @@ struct Rows {
     const int64_t width = args.sizes.width;
     CAMKERNELS_SWITCH(A, args.values.dtype, {
       T* to = static_cast<T*>(args.out) + (b * args.sizes.height + r) * width;
-      for (int64_t j = 0; j < width; ++j) store_partial<A>(to + j, splat(values[j]), 1);
+      write_row(values, width, to);
     });
   }
 

@@ -1,38 +1,22 @@
 #include "common/parallel.h"
+#include "common/rows.h"
 #include "ssim/ssim.h"
 
 namespace camkernels {
 namespace CAMKERNELS_ISA {
 
-template <class A, class T>
-static void read_row(const T* row, int64_t stride, int64_t count, A* out) {
-  constexpr int N = Lanes<A>::count;
-  int64_t j = 0;
-  if (stride == 1) {
-    for (; j + N <= count; j += N) store<A>(out + j, load<A>(row + j));
-  }
-  for (; j < count; ++j) out[j] = element<A>(row + j * stride);
-}
-
 template <class A>
 static void read(const View& view, int64_t b, int64_t c, int64_t r, int64_t width, A* out) {
   CAMKERNELS_SWITCH(A, view.dtype, {
     const T* plane = static_cast<const T*>(view.data) + b * view.stride_b + c * view.stride_k;
-    read_row<A, T>(plane + r * view.stride_h, view.stride_w, width, out);
+    read_row(plane + r * view.stride_h, view.stride_w, width, out);
   });
 }
 
 template <class A>
 static void write(const A* row, int64_t count, int dtype, int64_t offset, void* out) {
-  constexpr int N = Lanes<A>::count;
   if (out == nullptr) return;
-  CAMKERNELS_SWITCH(A, dtype, {
-    T* to = static_cast<T*>(out) + offset;
-    for (int64_t j = 0; j < count; j += N) {
-      const int64_t n = count - j < N ? count - j : N;
-      store_partial<A>(to + j, load_partial<A>(row + j, n), n);
-    }
-  });
+  CAMKERNELS_SWITCH(A, dtype, write_row(row, count, static_cast<T*>(out) + offset));
 }
 
 template <class A>

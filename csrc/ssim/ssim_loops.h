@@ -45,17 +45,9 @@ struct SsimPlan {
     row = whole_vectors(w + 2 * left);
     ring = whole_vectors(windows_x);
   }
-
-  // Elements of A: pixels of x and y, moments, and for the way back a padded row of each
-  // cotangent, its filtered rows, and two rows of results.
-  int64_t scratch(const SsimWindow& window, bool backward) const {
-    const int64_t n = window.row_count;
-    int64_t count = 2 * n * row + kMoments * n * ring + n + window.column_count + 32;
-    if (backward) count += kCotangents * (ring + 2 * window.column_count + 64 + n * row) + 2 * row;
-    return count;
-  }
 };
 
+// Where all of it lies; camkernels/ops/ssim/cpu.py allocates as much.
 template <class A>
 struct SsimScratch {
   A *x, *y, *moments, *weights_y, *weights_x, *cotangents, *filtered, *to_x, *to_y;

@@ -2,6 +2,7 @@
 // enlarged map, and takes their cotangents, without storing it.
 #pragma once
 
+#include "common/rows.h"
 #include "warp/taps.h"
 
 namespace camkernels {
@@ -29,9 +30,7 @@ struct Stretched {
     for (int64_t i = 0; i < warp.rows.source; ++i) {
       CAMKERNELS_SWITCH(A, view.dtype, {
         const T* from = static_cast<const T*>(view.data) + sample * view.stride_b;
-        for (int64_t j = 0; j < warp.columns.source; ++j) {
-          row[j] = element<A>(from + i * view.stride_h + j * view.stride_w);
-        }
+        read_row(from + i * view.stride_h, view.stride_w, warp.columns.source, row);
       });
       columns.gather(row, values + i * columns.size);
     }

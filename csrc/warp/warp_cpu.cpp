@@ -1,14 +1,9 @@
 #include "common/parallel.h"
+#include "common/rows.h"
 #include "warp/warp.h"
 
 namespace camkernels {
 namespace CAMKERNELS_ISA {
-
-template <class A, class T>
-static void fill_with_nan(T* out, int64_t count) {
-  const Vec<A> nan = splat((A)__builtin_nan(""));
-  for (int64_t i = 0; i < count; ++i) store_partial<A>(out + i, nan, 1);
-}
 
 // out[0, count) = or += weight source, a row of any stride.
 template <class A, class T>
@@ -28,14 +23,6 @@ static void take_row(const T* row, int64_t stride, A weight, bool first, int64_t
 }
 
 template <class A, class T>
-static void write_row(const A* row, int64_t count, T* out) {
-  constexpr int N = Lanes<A>::count;
-  int64_t j = 0;
-  for (; j + N <= count; j += N) store<A>(out + j, load<A>(row + j));
-  if (j < count) store_partial<A>(out + j, load_partial<A>(row + j, count - j), count - j);
-}
-
-template <class A, class T>
 static const T* plane_of(const View& view, int64_t b, int64_t c) {
   return static_cast<const T*>(view.data) + b * view.stride_b + c * view.stride_k;
 }
@@ -49,7 +36,7 @@ static void forward(const WarpArguments& args) {
     const int64_t b = plane / args.channels;
     T* out = static_cast<T*>(args.output) + plane * height * width;
     if (!box_is_valid(warp, b)) {
-      fill_with_nan<A>(out, height * width);
+      fill_row((A)__builtin_nan(""), height * width, out);
       continue;
     }
     char* memory = args.scratch + thread_index() * args.scratch_bytes;
@@ -65,7 +52,7 @@ static void forward(const WarpArguments& args) {
         take_row<A, T>(row, args.input.stride_w, taps.weight[k], k == 0, count, mixed + first);
       }
       columns.gather(mixed, made);
-      write_row<A, T>(made, width, out + i * width);
+      write_row(made, width, out + i * width);
     }
   }
 }
@@ -80,7 +67,7 @@ static void backward(const WarpArguments& args) {
     const int64_t b = plane / args.channels;
     T* out = static_cast<T*>(args.output) + plane * pixels;
     if (!box_is_valid(warp, b)) {
-      fill_with_nan<A>(out, pixels);
+      fill_row((A)__builtin_nan(""), pixels, out);
       continue;
     }
     char* memory = args.scratch + thread_index() * args.scratch_bytes;
@@ -92,7 +79,7 @@ static void backward(const WarpArguments& args) {
     const T* grad = plane_of<A, T>(args.input, b, plane % args.channels);
     const int64_t first = columns.first, count = columns.last - columns.first + 1;
     for (int64_t i = 0; i < height; ++i) {
-      take_row<A, T>(grad + i * args.input.stride_h, args.input.stride_w, (A)1, true, width, row);
+      read_row(grad + i * args.input.stride_h, args.input.stride_w, width, row);
       for (int64_t j = 0; j < count; ++j) mixed[first + j] = 0;
       columns.scatter(row, mixed);
       const Taps<A> taps = row_taps<A>(warp, b, i);
@@ -101,7 +88,7 @@ static void backward(const WarpArguments& args) {
                 sums + taps.index[k] * warp.columns.source + first);
       }
     }
-    write_row<A, T>(sums, pixels, out);
+    write_row(sums, pixels, out);
   }
 }
 

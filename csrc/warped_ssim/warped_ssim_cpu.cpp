@@ -1,4 +1,5 @@
 #include "common/parallel.h"
+#include "common/rows.h"
 #include "warp/stretched.h"
 #include "warped_ssim/warped_ssim.h"
 
@@ -11,12 +12,6 @@ static void write(const Stretched<A>& map, A* out) {
   const int64_t height = map.warp.rows.source, width = map.warp.columns.source;
   for (int64_t p = 0; p < height * width; ++p) out[p] = 0;
   for (int64_t i = 0; i < height; ++i) map.write_row(i, out + i * width);
-}
-
-template <class A>
-static void fill(A* out, int64_t count) {
-  if (out == nullptr) return;
-  for (int64_t i = 0; i < count; ++i) out[i] = (A)__builtin_nan("");
 }
 
 template <class A>
@@ -36,9 +31,11 @@ static void run(const WarpedSsimArguments& args) {
     A* to_maps = at_sample<A>(args.grad_maps, b, args.warp);
     A* to_others = at_sample<A>(args.grad_others, b, args.whole);
     if (!box_is_valid(args.warp, b)) {
-      if (!backward) fill(static_cast<A*>(args.values) + b, 1);
-      fill(to_maps, args.warp.rows.source * args.warp.columns.source);
-      fill(to_others, args.whole.rows.source * args.whole.columns.source);
+      const A nan = (A)__builtin_nan("");
+      const Warp &warp = args.warp, &whole = args.whole;
+      if (!backward) static_cast<A*>(args.values)[b] = nan;
+      if (to_maps) fill_row(nan, warp.rows.source * warp.columns.source, to_maps);
+      if (to_others) fill_row(nan, whole.rows.source * whole.columns.source, to_others);
       continue;
     }
     char* memory = args.scratch + thread_index() * args.scratch_bytes;

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from camkernels import MapStatistics
@@ -85,27 +86,9 @@ class MapMeasures(Metric):
         return result
 
 
-class SampleMean(Metric):
-    """Mean over samples; unlike torchmetrics' own it is not finite where a value was not."""
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "count"):
-            zero = torch.zeros((), dtype=torch.float64)
-            self.add_state(name, default=zero, dist_reduce_fx="sum")
-
-    def update(self, value: Tensor, samples: int) -> None:
-        """Add the mean of a batch."""
-        self.total += value.detach().double() * samples
-        self.count += samples
-
-    def compute(self) -> Tensor:
-        """NaN where nothing came."""
-        return self.total / self.count
+# Not finite where a value was not, which stops a run. Weights are ignored under "disable" (1.9):
+# a batch's mean is given once per sample.
+SampleMean = functools.partial(MeanMetric, nan_strategy="disable")
 
 
 class SplitMeasures(torch.nn.Module):
@@ -122,8 +105,8 @@ class SplitMeasures(torch.nn.Module):
     ) -> None:
         """Add what a batch says of the classes."""
         self.accuracy.update(logits.detach(), targets)
-        self.loss.update(loss, len(targets))
-        self.cross_entropy.update(cross_entropy, len(targets))
+        self.loss.update(loss.detach().expand(len(targets)))
+        self.cross_entropy.update(cross_entropy.detach().expand(len(targets)))
 
     def of_maps(self) -> dict[str, Tensor]:
         """What the recipe measures of the maps."""
@@ -131,7 +114,7 @@ class SplitMeasures(torch.nn.Module):
 
     def compute(self) -> dict[str, float]:
         """All values of the epoch; empty where no batch came."""
-        if self.loss.count == 0:
+        if self.loss.weight == 0:
             return {}
         values = {
             "accuracy": self.accuracy.compute(),
@@ -176,8 +159,8 @@ class EpochMeasures(SplitMeasures):
 
 
 class ConsistencyMeasures(SplitMeasures):
-    """With the terms of the consistency loss, as means over samples; with alpha = 0 the criterion
-    makes no second view, and there is no consistency.
+    """With the terms of the consistency loss, as means over samples; with alpha = 0 there is no
+    consistency in training.
     """
 
     TERMS = ("consistency", "sparsity", "dead", "uniform")
@@ -193,9 +176,9 @@ class ConsistencyMeasures(SplitMeasures):
         """Add a batch and the criterion's terms of it."""
         self.update_classes(logits, targets, loss, terms["cross_entropy"])
         for name in terms.keys() & set(self.TERMS):
-            getattr(self, name).update(terms[name], len(targets))
+            getattr(self, name).update(terms[name].expand(len(targets)))
 
     def of_maps(self) -> dict[str, Tensor]:
         """The means."""
         metrics = {name: getattr(self, name) for name in self.TERMS}
-        return {name: metric.compute() for name, metric in metrics.items() if metric.count > 0}
+        return {name: metric.compute() for name, metric in metrics.items() if metric.weight > 0}

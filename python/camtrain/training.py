@@ -16,9 +16,6 @@ from camtrain.errors import CamtrainError
 from camtrain.measures import ConsistencyMeasures, EpochMeasures, SplitMeasures
 from camtrain.models import default_layer
 
-# A weight that no float32 loss feels, with which the consistency is measured.
-MEASURED_ONLY = 1e-30
-
 
 class Classifier(pl.LightningModule):
     """Trains ``model`` by cross-entropy + beta x regulariser and measures its maps.
@@ -186,12 +183,10 @@ class ConsistencyClassifier(Classifier):
 
     def _begin_epoch(self) -> None:
         """There is no warm-up: the paper begins with a trained network."""
-        self.criterion.alpha = self.config.alpha
         self.criterion.transform = self._views(self.current_epoch + 1, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
-        """The same crops of the test data in every epoch; compared with alpha = 0 too."""
-        self.criterion.alpha = self.config.alpha or MEASURED_ONLY
+        """The same crops of the test data in every epoch."""
         self.criterion.transform = self._views(0)
 
     def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:

@@ -16,40 +16,24 @@ from camtrain.recorder import Recorder
 log = logging.getLogger("camtrain")
 
 SHARE = 0.5
-COVERED = 0.8
-
-
-def coverage(row: Mapping[str, Any], config: FitConfig) -> float:
-    """The mean (p = 1) or mean square (p = 2) of the maps, which lie in 0 to 1, from their norm.
-
-    Near 1 the maps cover the whole picture but for a few pixels: not uniform by their range, and
-    as empty. NaN for another p.
-    """
-    if config.norm not in (1, 2):
-        return math.nan
-    return float(row.get("train/sparsity", math.nan) ** config.norm / config.image_size**2)
 
 
 def advice(row: Mapping[str, Any], config: FitConfig) -> str:
-    """What to change where more than half of the training maps carry no explanation, or all of them
-    next to none; else empty.
+    """What to change where more than half of the training maps carry no explanation; else empty.
 
     A constant map is the same under every crop, and so is one that covers the whole picture: both
     are perfectly consistent and say nothing (Staying consistent with GradCAM, section 3.2.3).
     """
     dead = row.get("train/dead", math.nan)
     uniform = row.get("train/uniform", math.nan)
-    covered = coverage(row, config)
     settings = f"alpha = {config.alpha:g}, beta = {config.beta:g}"
     if dead > SHARE:
         what = f"{dead:.0%} of the training maps are constant"
         change = "lower --beta, which pays for maps of zero" if config.beta > 0 else "lower --alpha"
         if config.alpha > 0 and config.beta > 0:
             change += ", or --alpha"
-    elif uniform > SHARE or covered > COVERED:
-        what = f"{uniform:.0%} of the training maps are nearly uniform"
-        if not uniform > SHARE:
-            what = f"the training maps cover {covered:.0%} of the picture"
+    elif uniform > SHARE:
+        what = f"{uniform:.0%} of the training maps are nearly uniform or cover the picture"
         change = "raise --beta, which pays for sparse maps"
         change += ", or lower --alpha" if config.alpha > 0 else ""
     else:

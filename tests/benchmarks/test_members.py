@@ -106,7 +106,7 @@ def test_step_check_notices_a_first_order_loop(monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("torchvision")
 
     def first_order(model: torch.nn.Module) -> Any:
-        kept = loops._Kept(model.get_submodule("layer4"))
+        kept = loops.Kept(model.get_submodule("layer4"))
 
         def loss(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits, activations = model(images), kept.take()

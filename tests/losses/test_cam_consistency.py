@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import camkernels as ck
 from camkernels.losses._contrast import contrast
+from camkernels.losses.cam_consistency import _trivial
 from camkernels.taps.views import View
 
 SIDE = 12
@@ -178,6 +179,29 @@ def test_dead_and_uniform_maps_are_counted() -> None:
         assert float(criterion.terms["dead"]) == dead
         assert float(criterion.terms["uniform"]) == uniform
         assert bool(torch.isfinite(loss))
+
+
+def test_maps_that_cover_the_picture_are_uniform() -> None:
+    maps = 1 + 0.02 * torch.randn(3, 7, 7)
+    maps[:, 0, 0] = 0.0  # the whole range is one corner
+    maps[1, :4] = 0.0  # half of the picture: an explanation
+    maps[2] = 0.0
+    maps[2, 3, 3] = 1.0  # one pixel: a sparse one
+    dead, uniform = _trivial(maps)
+    assert not bool(dead.any())
+    assert uniform.tolist() == [True, False, False]
+    assert _trivial(-maps)[1].tolist() == [False, False, True], "all but one pixel"
+
+
+def test_alpha_zero_is_measured_where_gradients_are_off() -> None:
+    model = SmallNet().eval()
+    images, targets = batch(side=SIDE, dtype=torch.float32)
+    criterion = ck.CAMConsistencyLoss(model, "body", alpha=0.0, beta=0.0, **SMALL)
+    with torch.no_grad():
+        loss = criterion(model(images), targets, BOXES, FLIPS)
+    assert torch.equal(loss, F.cross_entropy(model(images), targets))
+    scores = ck.consistency_scores(model, "body", images, BOXES, FLIPS, window_size=3)
+    torch.testing.assert_close(criterion.consistency, scores)
 
 
 def test_nothing_of_the_users_changes() -> None:

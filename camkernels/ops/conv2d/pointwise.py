@@ -74,6 +74,16 @@ def _read(x: Tensor, spec: ConvSpec) -> Tensor:
     return x[:, :, :: spec.stride[0], :: spec.stride[1]].contiguous(memory_format=layout)
 
 
+def spread(
+    read: Tensor, size: tuple[int, int], stride: tuple[int, int], layout: torch.memory_format
+) -> Tensor:
+    """The gradient of planes of ``size`` from that of the pixels that were read."""
+    shape = (*read.shape[:2], *size)
+    whole = torch.empty(shape, dtype=read.dtype, device=read.device, memory_format=layout).zero_()
+    whole[:, :, :: stride[0], :: stride[1]] = read
+    return whole
+
+
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
     """matrix (K, C) times each pixel of x."""
     if _in_planes(x):
@@ -107,13 +117,8 @@ def data_gradient(
         )[0]  # fmt: skip
     else:
         return None
-    if not strided:
-        return read
     layout = torch.contiguous_format if _in_planes(grad) else torch.channels_last
-    shape = (*read.shape[:2], *size)
-    whole = torch.empty(shape, dtype=read.dtype, device=read.device, memory_format=layout).zero_()
-    whole[:, :, :: spec.stride[0], :: spec.stride[1]] = read
-    return whole
+    return spread(read, size, spec.stride, layout) if strided else read
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor | None:
