@@ -1,4 +1,4 @@
-"""Which implementation runs an op: ``reference``, ``cpu`` or ``triton``.
+"""Which implementation runs an op: ``reference``, ``cpu``, ``triton`` or ``cuda``.
 
 ``auto`` is the only choice that chooses. A backend asked for by name works or raises with its
 reason; it never falls back. The choice is read once, in the forward; the backward of the same
@@ -12,14 +12,15 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Literal
 
 import torch
 
-BackendName = Literal["auto", "reference", "cpu", "triton"]
-NAMES: tuple[str, ...] = ("auto", "reference", "cpu", "triton")
+BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
+NAMES: tuple[str, ...] = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CAMKERNELS_BACKEND"
 
 
@@ -46,7 +47,8 @@ class backend:  # noqa: N801 - reads as a function: ck.backend("cpu")
     context); ``CAMKERNELS_BACKEND`` sets the default for all of them.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. The last has
+            kernels for relu, cam, map_statistics and cam_statistics; other ops raise.
 
     Raises:
         ValueError: for an unknown name.
@@ -110,6 +112,48 @@ def _triton_reason() -> str | None:
     return None
 
 
+@functools.cache
+def _cuda_reason() -> str | None:
+    try:
+        module = importlib.import_module("camkernels._cuda")
+    except ImportError as error:
+        return (
+            f"the CUDA module camkernels._cuda does not import ({error}); it is built where nvcc "
+            "is found (CAMKERNELS_CUDA=1 pip install . says why not)"
+        )
+    if module.archs == "host":
+        return None
+    driver, runtime = module.versions()
+    if driver == 0:
+        return "no NVIDIA driver is installed"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the NVIDIA driver supports CUDA {_version(driver)}, camkernels was built with CUDA "
+            f"{_version(runtime)}: update the driver, or build with an older nvcc"
+        )
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device" if torch.version.cuda else "torch is a CPU build"
+    status = module.device_status()
+    if status:
+        major, minor = torch.cuda.get_device_capability()
+        return (
+            f"the kernels do not run on this device (sm_{major}{minor}): "
+            f"{module.error_name(status)}; they were built for {module.archs}, "
+            "CAMKERNELS_CUDA_ARCHS chooses"
+        )
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def cuda_on_host() -> bool:
+    """Whether the CUDA kernels are the tests' build for the host, on CPU tensors."""
+    module = sys.modules.get("camkernels._cuda")
+    return getattr(module, "archs", None) == "host"
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
@@ -121,6 +165,8 @@ def unavailable_reason(name: str) -> str | None:
         return _cpu_reason()
     if name == "triton":
         return _triton_reason()
+    if name == "cuda":
+        return _cuda_reason()
     return None
 
 
@@ -128,12 +174,13 @@ def _unsuited_reason(name: str, device: torch.device, dtype: torch.dtype) -> str
     """Why backend ``name`` cannot take tensors of this device and dtype; None where it can."""
     if name == "cpu" and device.type != "cpu":
         return f"it takes CPU tensors, got {device}"
-    if name == "triton":
+    if name in ("triton", "cuda"):
         if dtype == torch.float64:
             return "it takes float32, bfloat16 and float16, got float64"
-        if triton_interpreted():
+        if triton_interpreted() if name == "triton" else cuda_on_host():
             if device.type != "cpu":
-                return f"under TRITON_INTERPRET it takes CPU tensors, got {device}"
+                how = "under TRITON_INTERPRET" if name == "triton" else "built for the host"
+                return f"{how} it takes CPU tensors, got {device}"
         elif device.type != "cuda":
             return f"it takes CUDA tensors, got {device}"
     return None

@@ -55,11 +55,12 @@ def check_backend(name: str) -> tuple[bool, str]:
     if reason is not None:
         return False, reason
     on_gpu = name == "triton" and not backends.triton_interpreted()
+    on_gpu = on_gpu or (name == "cuda" and not backends.cuda_on_host())
     found = []
     try:
         for chosen in (name, "reference"):
             with ck.backend(chosen):  # type: ignore[arg-type]
-                found.append(_probe(torch.device("cuda" if on_gpu else "cpu")))
+                found.append(_probe(torch.device("cuda" if on_gpu else "cpu"), name != "cuda"))
     except Exception as error:  # whatever a broken toolchain throws is the answer
         return False, f"{type(error).__name__}: {error}"
     ours, reference = found
@@ -69,13 +70,15 @@ def check_backend(name: str) -> tuple[bool, str]:
     return True, _how(name)
 
 
-def _probe(device: torch.device) -> list[torch.Tensor]:
-    """A map op and its gradients, and the second-order gradient of a network op."""
+def _probe(device: torch.device, network: bool) -> list[torch.Tensor]:
+    """A map op and its gradients, and where wanted the second-order gradient of a network op."""
     generator = torch.Generator().manual_seed(0)
     a = torch.rand(2, 5, 4, 3, generator=generator).to(device).requires_grad_()
     g = torch.randn(2, 5, 4, 3, generator=generator).to(device).requires_grad_()
     entropy = ck.cam_statistics(a, g).entropy
     found = [entropy, *torch.autograd.grad(entropy.sum(), (a, g))]
+    if not network:
+        return [tensor.detach() for tensor in found]
     w = (0.3 * torch.randn(4, 5, 3, 3, generator=generator)).to(device).requires_grad_()
     output = ck.nn.functional.conv_bn_act(a, w, None, None, None, None, None, padding=1)
     (delta,) = torch.autograd.grad(output.square().sum(), a, create_graph=True)
@@ -89,6 +92,8 @@ def _how(name: str) -> str:
         return f"C++, vector width {module.simd_level()}"
     if name == "triton":
         return "Triton's interpreter, on CPU tensors" if backends.triton_interpreted() else "GPU"
+    if name == "cuda":
+        return f"CUDA C++ for {importlib.import_module('camkernels._cuda').archs}"
     return "plain PyTorch"
 
 
@@ -104,7 +109,7 @@ def main() -> int:
         print(f"{name:>14}  {'works' if works else 'does not work'}: {line}")
     asked = os.environ.get(backends.ENVIRONMENT_VARIABLE)
     print(f"\n{'chosen':>14}  {backends.ENVIRONMENT_VARIABLE}={asked or 'auto (not set)'}")
-    return 0 if {"cpu", "triton"} & set(working) else 1
+    return 0 if {"cpu", "triton", "cuda"} & set(working) else 1
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "cam/cam.h"
+#include "cam/cam_arguments.h"
 #include "cam_statistics/cam_statistics.h"
 #include "common/bindings.h"
 #include "common/simd_level.h"
@@ -32,9 +31,6 @@ void define_lp_norm(py::module_&);
 
 namespace {
 
-using Shape = std::array<int64_t, 4>;
-using Pointers = std::array<Pointer, kStatistics>;
-
 int chosen_level() {
   const int widest = widest_simd_level();
   const char* asked = std::getenv("CAMKERNELS_SIMD");
@@ -51,53 +47,6 @@ int chosen_level() {
   return level;
 }
 
-Sizes sizes_of(const Shape& shape) { return {shape[0], shape[1], shape[2], shape[3]}; }
-
-View view_of(Pointer data, int dtype, const Shape& strides) {
-  return {at<const void>(data), dtype, strides[0], strides[1], strides[2], strides[3]};
-}
-
-CamForward cam_forward(const Shape& shape, Pointer activations, int activations_dtype,
-                       const Shape& activations_strides, Pointer gradients, int gradients_dtype,
-                       const Shape& gradients_strides, Pointer alpha, Pointer partial, Pointer maps,
-                       int64_t block, bool relu, int threads) {
-  return {sizes_of(shape),
-          view_of(activations, activations_dtype, activations_strides),
-          view_of(gradients, gradients_dtype, gradients_strides),
-          at(alpha),
-          at(partial),
-          at(maps),
-          block,
-          relu,
-          threads};
-}
-
-CamBackward cam_backward(const Shape& shape, Pointer grad_maps, int dtype,
-                         const Shape& grad_maps_strides, Pointer maps, Pointer activations,
-                         int activations_dtype, const Shape& activations_strides,
-                         Pointer grad_alpha, Pointer alpha, Pointer grad_activations,
-                         int grad_dtype, bool channels_last, bool streaming, Pointer masked,
-                         int64_t block, int threads) {
-  return {sizes_of(shape),
-          view_of(grad_maps, dtype, grad_maps_strides),
-          at<const void>(maps),
-          view_of(activations, activations_dtype, activations_strides),
-          at(grad_alpha),
-          at<const void>(alpha),
-          at(grad_activations),
-          grad_dtype,
-          channels_last,
-          streaming,
-          at(masked),
-          block,
-          threads};
-}
-
-template <class T>
-void copy_pointers(const Pointers& from, T** to) {
-  for (int i = 0; i < kStatistics; ++i) to[i] = at<T>(from[i]);
-}
-
 template <class... Cam>
 void run_cam_fwd(Cam... cam) {
   CAMKERNELS_RUN(cam_fwd, cam_forward(cam...));
@@ -108,23 +57,14 @@ void run_cam_bwd(Cam... cam) {
   CAMKERNELS_RUN(cam_bwd, cam_backward(cam...));
 }
 
-void run_map_statistics_fwd(const Shape& shape, Pointer maps, int dtype, const Shape& strides,
-                            bool clamp, const Pointers& statistics, Pointer scratch, int threads) {
-  StatisticsForward args{sizes_of(shape), view_of(maps, dtype, strides), clamp, {}, at(scratch),
-                         threads};
-  copy_pointers(statistics, args.statistics);
-  CAMKERNELS_RUN(map_statistics_fwd, args);
+template <class... Statistics>
+void run_map_statistics_fwd(Statistics... statistics) {
+  CAMKERNELS_RUN(map_statistics_fwd, statistics_forward(statistics...));
 }
 
-void run_map_statistics_bwd(const Shape& shape, Pointer maps, int dtype, const Shape& strides,
-                            bool clamp, const Pointers& statistics, const Pointers& grads,
-                            Pointer grad_maps, Pointer scratch, int threads) {
-  StatisticsBackward args{
-      sizes_of(shape), view_of(maps, dtype, strides), clamp, {}, {}, at(grad_maps), at(scratch),
-      threads};
-  copy_pointers(statistics, args.statistics);
-  copy_pointers(grads, args.grads);
-  CAMKERNELS_RUN(map_statistics_bwd, args);
+template <class... Statistics>
+void run_map_statistics_bwd(Statistics... statistics) {
+  CAMKERNELS_RUN(map_statistics_bwd, statistics_backward(statistics...));
 }
 
 template <class... Cam>
@@ -143,15 +83,19 @@ void run_cam_statistics_bwd(bool relu, const Pointers& statistics, const Pointer
   CAMKERNELS_RUN(cam_statistics_bwd, args);
 }
 
-// Deduces the arguments of cam_forward and cam_backward for the templates above.
-template <class Arguments, class... Cam>
-void define_cam(py::module_& module, Arguments (*)(Cam...)) {
+// Deduces the arguments for the templates above.
+template <class Arguments, class... Given>
+void define_by(py::module_& module, Arguments (*)(Given...)) {
   if constexpr (std::is_same_v<Arguments, CamForward>) {
-    module.def("cam_fwd", &run_cam_fwd<Cam...>, Release());
-    module.def("cam_statistics_fwd", &run_cam_statistics_fwd<Cam...>, Release());
+    module.def("cam_fwd", &run_cam_fwd<Given...>, Release());
+    module.def("cam_statistics_fwd", &run_cam_statistics_fwd<Given...>, Release());
+  } else if constexpr (std::is_same_v<Arguments, CamBackward>) {
+    module.def("cam_bwd", &run_cam_bwd<Given...>, Release());
+    module.def("cam_statistics_bwd", &run_cam_statistics_bwd<Given...>, Release());
+  } else if constexpr (std::is_same_v<Arguments, StatisticsForward>) {
+    module.def("map_statistics_fwd", &run_map_statistics_fwd<Given...>, Release());
   } else {
-    module.def("cam_bwd", &run_cam_bwd<Cam...>, Release());
-    module.def("cam_statistics_bwd", &run_cam_statistics_bwd<Cam...>, Release());
+    module.def("map_statistics_bwd", &run_map_statistics_bwd<Given...>, Release());
   }
 }
 
@@ -170,11 +114,10 @@ PYBIND11_MODULE(_cpu, module) {
     return false;
 #endif
   });
-  define_cam(module, &cam_forward);
-  define_cam(module, &cam_backward);
-
-  module.def("map_statistics_fwd", &run_map_statistics_fwd, Release());
-  module.def("map_statistics_bwd", &run_map_statistics_bwd, Release());
+  define_by(module, &cam_forward);
+  define_by(module, &cam_backward);
+  define_by(module, &statistics_forward);
+  define_by(module, &statistics_backward);
   define_relu(module);
   define_gradient_error(module);
   define_batch_norm_relu(module);

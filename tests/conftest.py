@@ -5,6 +5,8 @@ Environment:
     CAMKERNELS_REQUIRE: backends, by commas, whose absence is an error and not a skip.
     TRITON_INTERPRET=1: ``pytest tests/ops`` runs the Triton kernels in the interpreter, and only
         these; it is read when Triton is imported, hence a process of its own.
+    CAMKERNELS_CUDA_HOST=1: the same for the CUDA kernels, built for the host (tests/cuda_host), of
+        the files in CUDA_FILES.
 """
 
 from __future__ import annotations
@@ -34,6 +36,19 @@ sys.modules[_spec.name] = _module
 _spec.loader.exec_module(_module)
 pytest.register_assert_rewrite("ops.base", "ops.oracle")
 
+CUDA_FILES = (
+    "test_cam.py",
+    "test_cam_statistics.py",
+    "test_map_statistics.py",
+    "test_relu.py",
+)
+"""Tests of ops that have CUDA kernels."""
+if os.environ.get("CAMKERNELS_CUDA_HOST") == "1":
+    sys.path.insert(0, str(HERE))
+    from cuda_host.build import load
+
+    load()
+
 _COMMON: dict[str, Any] = {
     "deadline": None,
     # one property on the base class runs for every op that inherits it
@@ -44,7 +59,7 @@ _COMMON: dict[str, Any] = {
 }
 hypothesis.settings.register_profile(
     "ci",
-    max_examples=8 if backends.triton_interpreted() else 25,
+    max_examples=8 if backends.triton_interpreted() else 12 if backends.cuda_on_host() else 25,
     derandomize=True,
     database=None,
     **_COMMON,
@@ -62,9 +77,20 @@ def pytest_configure(config: pytest.Config) -> None:
             )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every op is tested on every backend, but CUDA has kernels for some ops only."""
+
+    def wanted(item: pytest.Item) -> bool:
+        call = getattr(item, "callspec", None)
+        backend = None if call is None else call.params.get("backend")
+        return backend != "cuda" or item.path.name in CUDA_FILES
+
+    items[:] = [item for item in items if wanted(item)]
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = []
-    for name in ("cpu", "triton"):
+    for name in ("cpu", "triton", "cuda"):
         reason = backends.unavailable_reason(name)
         lines.append(f"camkernels backend {name}: {'works' if reason is None else reason}")
     return lines

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +31,18 @@ _FORWARD_MODE = (
 
 @functools.cache
 def implementation(op: str, kernel: str, backend: str) -> Callable[..., Any]:
-    """The function ``kernel`` of ``camkernels/ops/<op>/<backend>.py``."""
-    module = importlib.import_module(f"camkernels.ops.{op}.{backend}")
+    """The function ``kernel`` of ``camkernels/ops/<op>/<backend>.py``.
+
+    Raises:
+        BackendUnavailableError: the CUDA backend, which has kernels for some ops, has none for it.
+    """
+    name = f"camkernels.ops.{op}.{backend}"
+    if backend == "cuda" and importlib.util.find_spec(name) is None:
+        raise backends.BackendUnavailableError(
+            f"backend 'cuda' was asked for by name: it has no kernel {kernel}; backend 'triton' "
+            "has, and 'auto' takes that"
+        )
+    module = importlib.import_module(name)
     found: Callable[..., Any] = getattr(module, kernel)
     return found
 

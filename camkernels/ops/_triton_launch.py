@@ -12,6 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+from camkernels.ops._gpu import arrival_counters as arrival_counters
+from camkernels.ops._gpu import multiprocessors as multiprocessors
+
 # Elements of one tile. With 4 warps a thread holds 32 of them: enough bytes in flight to hide the
 # latency of memory, few enough registers (below 128) for several programs per multiprocessor.
 TILE = 4096
@@ -39,13 +42,6 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **const
             kernel[grid](*args, **constants)
     else:
         kernel[grid](*args, **constants)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors share the programs (under the interpreter: a small number)."""
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def power_of_two(n: int) -> int:
@@ -96,28 +92,6 @@ def channel_chunk(batch: int, channels: int, block_k: int, device: torch.device)
     blocks = -(-channels // block_k)
     wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // batch)
     return -(-blocks // min(wanted, blocks)) * block_k
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def arrival_counters(batch: int, device: torch.device) -> Tensor:
-    """Zeroed int32 counters (at least B), one per sample; kernels leave them at zero.
-
-    Kept per stream: launches of one stream never overlap, so they can share them. A CUDA graph
-    may be replayed on any stream and gets its own, zeroed inside the graph.
-    """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(batch, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    held = _counters.get((device, stream))
-    if held is None or held.numel() < batch:
-        size = max(1024, power_of_two(batch))
-        held = torch.zeros(size, dtype=torch.int32, device=device)
-        _counters[device, stream] = held
-    return held
 
 
 class PixelStrides(NamedTuple):

@@ -20,7 +20,8 @@ struct CamForward {
   void* maps;      // (batch, pixels)
   int64_t block;   // channels per block
   bool relu;
-  int threads;
+  int threads;              // of the CPU
+  int* arrivals = nullptr;  // (batch,) zeros, CUDA: blocks of a sample count their arrival
 };
 
 struct CamBackward {
@@ -41,5 +42,7 @@ struct CamBackward {
 
 CAMKERNELS_DECLARE_KERNEL(cam_fwd, CamForward)
 CAMKERNELS_DECLARE_KERNEL(cam_bwd, CamBackward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(cam_fwd, CamForward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(cam_bwd, CamBackward)
 
 }  // namespace camkernels

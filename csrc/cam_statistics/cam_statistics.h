@@ -21,5 +21,7 @@ struct CamStatisticsBackward {
 
 CAMKERNELS_DECLARE_KERNEL(cam_statistics_fwd, CamStatisticsForward)
 CAMKERNELS_DECLARE_KERNEL(cam_statistics_bwd, CamStatisticsBackward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(cam_statistics_fwd, CamStatisticsForward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(cam_statistics_bwd, CamStatisticsBackward)
 
 }  // namespace camkernels

@@ -10,6 +10,20 @@
 #define CAMKERNELS_ISA baseline
 #endif
 
+// What host and device code share.
+#if defined(__CUDACC__)
+#define CAMKERNELS_HD __host__ __device__
+#else
+#define CAMKERNELS_HD
+#endif
+
+// Declares what launches a CUDA kernel on a stream (cudaStream_t); it returns a cudaError_t. No
+// CUDA type is named, so that the bindings need none of its headers.
+#define CAMKERNELS_DECLARE_CUDA_KERNEL(name, Arguments) \
+  namespace cuda {                                      \
+  int name(const Arguments& arguments, void* stream);   \
+  }
+
 // Declares a kernel in the namespace of every instruction set.
 #define CAMKERNELS_DECLARE_KERNEL(name, Arguments) \
   namespace baseline {                             \

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
+
 namespace camkernels {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -10,7 +12,7 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 // Sizes of activations (batch, channels, height, width).
 struct Sizes {
   int64_t batch, channels, height, width;
-  int64_t pixels() const { return height * width; }
+  CAMKERNELS_HD int64_t pixels() const { return height * width; }
 };
 
 // A tensor (batch, channels, height, width) of any strides, counted in elements.

@@ -12,7 +12,7 @@ namespace camkernels {
 // Per sample: entropy, area, dispersion, mean, variance (1 value each), centroid (2),
 // covariance (4).
 constexpr int kStatistics = 7;
-constexpr int64_t kStatisticSizes[kStatistics] = {1, 1, 1, 1, 1, 2, 4};
+CAMKERNELS_HD constexpr int64_t statistic_size(int i) { return i < 5 ? 1 : i == 5 ? 2 : 4; }
 
 struct StatisticsForward {
   Sizes sizes;  // channels unused
@@ -36,5 +36,7 @@ struct StatisticsBackward {
 
 CAMKERNELS_DECLARE_KERNEL(map_statistics_fwd, StatisticsForward)
 CAMKERNELS_DECLARE_KERNEL(map_statistics_bwd, StatisticsBackward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(map_statistics_fwd, StatisticsForward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(map_statistics_bwd, StatisticsBackward)
 
 }  // namespace camkernels

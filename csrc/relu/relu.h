@@ -34,5 +34,7 @@ struct ReluBackward {
 
 CAMKERNELS_DECLARE_KERNEL(relu_fwd, ReluForward)
 CAMKERNELS_DECLARE_KERNEL(relu_bwd, ReluBackward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(relu_fwd, ReluForward)
+CAMKERNELS_DECLARE_CUDA_KERNEL(relu_bwd, ReluBackward)
 
 }  // namespace camkernels

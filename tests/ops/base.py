@@ -1,8 +1,9 @@
 """What every op must keep, on every backend that this process can run.
 
 An op's test file subclasses :class:`OpTests`, says how its inputs are built, and adds what is
-special. ``TRITON_INTERPRET=1`` makes a process test Triton only; any other process tests the
-reference through the chain, the C++ kernels, and Triton where a GPU is present.
+special. ``TRITON_INTERPRET=1`` makes a process test Triton only, ``CAMKERNELS_CUDA_HOST=1`` the
+host build of the CUDA kernels; any other process tests the reference through the chain, the C++
+kernels, and Triton and CUDA where a GPU is present.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def tested_backends() -> list[Any]:
     """Parameters for pytest; what is absent is a skip with its reason, never a silence."""
     if backends.triton_interpreted():
         return ["triton"]
+    if backends.cuda_on_host():
+        return ["cuda"]
     parameters: list[Any] = ["reference"]
-    for name in ("cpu", "triton"):
+    for name in ("cpu", "triton", "cuda"):
         reason = backends.unavailable_reason(name)
         marks = [] if reason is None else [pytest.mark.skip(reason=f"backend {name}: {reason}")]
         parameters.append(pytest.param(name, marks=marks))
@@ -47,6 +50,8 @@ def tested_backends() -> list[Any]:
 
 
 def device_of(backend: str) -> str:
+    if backend == "cuda" and not backends.cuda_on_host():
+        return "cuda"
     return "cuda" if backend == "triton" and not backends.triton_interpreted() else "cpu"
 
 
@@ -54,7 +59,7 @@ every_backend = pytest.mark.parametrize("backend", tested_backends())
 
 
 def has_double(backend: str) -> bool:
-    return backend != "triton"
+    return backend not in ("triton", "cuda")
 
 
 @dataclasses.dataclass

@@ -20,6 +20,7 @@ from camkernels import backends
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from camkernels.ops import _gpu
 from camkernels.ops import _triton_launch as host
 from camkernels.ops.cam import reference as cam_reference
 from camkernels.ops.cam_statistics import reference as cam_statistics_reference
@@ -154,7 +155,7 @@ def test_split_forwards_and_pixel_loops(
     wanted = min(blocks, -(-programs // 2))
     splits = {grid[1] for grid in small_tiles}
     assert splits == {-(-blocks // -(-blocks // wanted))}
-    assert all(not bool(counter.any()) for counter in host._counters.values()), "left a count"
+    assert all(not bool(counter.any()) for counter in _gpu._counters.values()), "left a count"
 
 
 @interpreted

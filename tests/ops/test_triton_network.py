@@ -21,6 +21,7 @@ from camkernels import backends
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from camkernels.ops import _gpu
 from camkernels.ops import _triton_batch_norm as batch_norm_host
 from camkernels.ops import _triton_launch as host
 from camkernels.ops.batch_norm_relu import reference
@@ -137,7 +138,7 @@ def test_loops_and_splits(layout: str, dtype: torch.dtype, small: list[Any]) -> 
     sums = [c for c in small if "SPLIT" in c[1]]
     assert all(c["SPLIT"] for _, c in sums)
     assert all(grid[1] > 1 for grid, _ in sums)
-    assert all(not bool(counter.any()) for counter in host._counters.values()), "left a count"
+    assert all(not bool(counter.any()) for counter in _gpu._counters.values()), "left a count"
 
 
 @pytest.fixture

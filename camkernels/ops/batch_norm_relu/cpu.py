@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view, _layout
+from camkernels.ops import _cpu_view, _layout, _native
 
 # The order in which csrc/batch_norm_relu/batch_norm_relu_bindings.cpp takes pointers.
 TENSORS = (
@@ -65,7 +65,7 @@ def _run(
     tensors |= {"z": z, "mean": mean, "scratch": mean.new_empty(size)}
     getattr(_cpu, kernel)(
         (batch, channels, height * width),
-        _cpu_view.DTYPE_CODES[z.dtype],
+        _native.DTYPE_CODES[z.dtype],
         channels_last,
         _streams(z, channels_last, tensors),
         relu,
@@ -74,7 +74,7 @@ def _run(
         inv_count,
         block,
         threads,
-        _cpu_view.pointers([tensors.get(name) for name in TENSORS]),
+        _native.pointers([tensors.get(name) for name in TENSORS]),
     )
 
 

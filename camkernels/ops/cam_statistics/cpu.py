@@ -7,16 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view, _layout
-from camkernels.ops.cam.cpu import backward_arguments, forward_arguments
-from camkernels.ops.map_statistics.cpu import COUNT, dense_arguments, empty_statistics
+from camkernels.ops import _layout, _native
+from camkernels.ops.cam.arguments import backward_arguments, forward_arguments
+from camkernels.ops.cam.cpu import split
+from camkernels.ops.map_statistics.arguments import COUNT, dense_arguments, empty_statistics
 
 
 def cam_statistics_fwd(activations: Tensor, gradients: Tensor, relu: bool) -> tuple[Tensor, ...]:
-    maps, alpha, arguments, _alive = forward_arguments(activations, gradients, relu)
+    maps, alpha, arguments, _alive = forward_arguments(activations, gradients, relu, split)
     total = maps.new_empty(maps.shape[0])
     statistics = empty_statistics(maps, maps.dtype)
-    _cpu.cam_statistics_fwd(total.data_ptr(), _cpu_view.pointers(statistics), *arguments)
+    _cpu.cam_statistics_fwd(total.data_ptr(), _native.pointers(statistics), *arguments)
     kept = alpha if gradients.dim() == 4 else _layout.placeholder(maps)
     return maps, kept, total, *statistics
 
@@ -33,9 +34,9 @@ def cam_statistics_bwd(
     statistics = dense_arguments(arguments[:COUNT], accumulate)
     grads = dense_arguments(arguments[COUNT : 2 * COUNT], accumulate)
     grad_activations, grad_alpha, cam_arguments, _alive = backward_arguments(
-        grad_maps, activations, alpha, maps, channels_last, dtype
+        grad_maps, activations, alpha, maps, channels_last, dtype, split
     )
     _cpu.cam_statistics_bwd(
-        relu, _cpu_view.pointers(statistics), _cpu_view.pointers(grads), *cam_arguments
+        relu, _native.pointers(statistics), _native.pointers(grads), *cam_arguments
     )
     return grad_activations, grad_alpha

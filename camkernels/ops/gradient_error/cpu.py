@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view, _layout
-from camkernels.ops._cpu_view import DTYPE_CODES
+from camkernels.ops import _cpu_view, _layout, _native
+from camkernels.ops._native import DTYPE_CODES
 from camkernels.ops.gradient_error import flat
 from camkernels.ops.gradient_error.reference import ERRORS, STATISTICS
 
@@ -44,7 +44,7 @@ def gradient_error_bwd(
     delta, guided = flat.in_one_order(delta, guided)
     dtype = _layout.accumulate_dtype(delta.dtype)
     grad_delta = flat.like_samples_of(delta, delta.dtype)
-    to_errors, known = _cpu_view.dense(grad_errors, dtype), _cpu_view.dense(statistics, dtype)
+    to_errors, known = _native.dense(grad_errors, dtype), _native.dense(statistics, dtype)
     _cpu.gradient_error_bwd(
         to_errors.data_ptr(),
         *_rows(delta),

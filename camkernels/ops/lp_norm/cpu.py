@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view, _layout
+from camkernels.ops import _cpu_view, _layout, _native
 from camkernels.ops.warp.cpu import taps_bytes
 
 
@@ -22,7 +22,7 @@ def planes(values: Tensor) -> Tensor:
 
 def _run(values: Tensor, p: float, size: Sequence[int], *tensors: Tensor) -> None:
     """``tensors``: norms; of the backward, cotangents of the norms and the output too."""
-    values = planes(_cpu_view.resolved(values))
+    values = planes(_native.resolved(values))
     wide = _layout.accumulate_dtype(values.dtype)
     height, width = size or values.shape[1:]
     numbers = 2 * width + values.shape[1] * (2 * width + values.shape[2]) + values.shape[2]
@@ -30,10 +30,10 @@ def _run(values: Tensor, p: float, size: Sequence[int], *tensors: Tensor) -> Non
     threads = _cpu_view.threads(len(values) * height * width)
     scratch = values.new_empty(each * threads, dtype=torch.uint8)
     norms, *rest = tensors
-    more: list[Any] = _cpu_view.pointers(rest) if rest else [0, 0]
+    more: list[Any] = _native.pointers(rest) if rest else [0, 0]
     _cpu.lp_norm(
         tuple(values.shape), (height, width), bool(size), values.data_ptr(),
-        _cpu_view.DTYPE_CODES[values.dtype], values.stride(), p, norms.data_ptr(), *more,
+        _native.DTYPE_CODES[values.dtype], values.stride(), p, norms.data_ptr(), *more,
         scratch.data_ptr(), each, threads,
     )  # fmt: skip
 
@@ -49,6 +49,6 @@ def lp_norm_bwd(
 ) -> Tensor:
     wide = _layout.accumulate_dtype(values.dtype)
     out = values.new_empty(values.shape)
-    known, grads = _cpu_view.dense(norms, wide), _cpu_view.dense(grad_norms, wide)
+    known, grads = _native.dense(norms, wide), _native.dense(grad_norms, wide)
     _run(values, p, size, known, grads, out)
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view
+from camkernels.ops import _cpu_view, _native
 from camkernels.ops.max_pool import meta
 from camkernels.ops.max_pool.reference import Window, is_channels_last, laid_as
 
@@ -33,7 +33,7 @@ def _run(kernel: str, source: Tensor, positions: Tensor, out: Tensor, window: Wi
         *positions.shape[:2],
         rows,
         columns,
-        _cpu_view.DTYPE_CODES[source.dtype],
+        _native.DTYPE_CODES[source.dtype],
         channels_last,
         threads,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from camkernels import _cpu
 from camkernels.ops import _cpu_view
-from camkernels.ops._cpu_view import DTYPE_CODES
+from camkernels.ops._native import DTYPE_CODES
 
 _ALIGNMENT = 64  # of what is stored past the caches
 

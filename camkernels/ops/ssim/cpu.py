@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view, _layout
+from camkernels.ops import _cpu_view, _layout, _native
 
 _MOMENTS, _COTANGENTS = 5, 4
 
@@ -40,18 +40,18 @@ def _run(
     grad: Tensor | None,
     outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    x, y = _cpu_view.resolved(x), _cpu_view.resolved(y)
+    x, y = _native.resolved(x), _native.resolved(y)
     wide = _layout.accumulate_dtype(x.dtype)
     each = scratch_elements(x.shape[2], x.shape[3], len(rows), len(columns), same, grad is not None)
     threads = _cpu_view.threads(x.numel())
     scratch = x.new_empty(each * threads, dtype=wide)
     sums = x.new_empty(x.shape[:2], dtype=torch.float64)
-    grad = None if grad is None else _cpu_view.dense(grad, wide)
-    code = _cpu_view.DTYPE_CODES
-    values, to_x, to_y = _cpu_view.pointers(outputs)
+    grad = None if grad is None else _native.dense(grad, wide)
+    code = _native.DTYPE_CODES
+    values, to_x, to_y = _native.pointers(outputs)
     _cpu.ssim(
         tuple(x.shape), x.data_ptr(), code[x.dtype], x.stride(), y.data_ptr(), code[y.dtype],
-        y.stride(), list(rows), list(columns), c1, c2, same, *_cpu_view.pointers([grad]), values,
+        y.stride(), list(rows), list(columns), c1, c2, same, *_native.pointers([grad]), values,
         to_x, to_y, scratch.data_ptr(), each, sums.data_ptr(), threads,
     )  # fmt: skip
 

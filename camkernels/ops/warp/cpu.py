@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view, _layout
+from camkernels.ops import _cpu_view, _layout, _native
 from camkernels.ops.warp.reference import Size
 
 
@@ -26,7 +26,7 @@ def _run(
     out: Tensor,
     sums: int,
 ) -> None:
-    image = _cpu_view.resolved(image)
+    image = _native.resolved(image)
     boxes, flips = boxes.contiguous(), flips.contiguous()
     wide = _layout.accumulate_dtype(image.dtype)
     numbers = source[1] + size[1] + sums
@@ -41,7 +41,7 @@ def _run(
         boxes.data_ptr(),
         flips.data_ptr(),
         image.data_ptr(),
-        _cpu_view.DTYPE_CODES[image.dtype],
+        _native.DTYPE_CODES[image.dtype],
         image.stride(),
         out.data_ptr(),
         scratch.data_ptr(),

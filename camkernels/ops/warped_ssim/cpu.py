@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _cpu
-from camkernels.ops import _cpu_view, _layout
+from camkernels.ops import _cpu_view, _layout, _native
 from camkernels.ops.ssim.cpu import scratch_elements
 from camkernels.ops.warp.cpu import taps_bytes
 from camkernels.ops.warped_ssim.reference import Size
@@ -29,7 +29,7 @@ def _run(
     grad: Tensor | None,
     outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    maps, others = _cpu_view.resolved(maps), _cpu_view.resolved(others)
+    maps, others = _native.resolved(maps), _native.resolved(others)
     boxes, flips = boxes.contiguous(), flips.contiguous()
     wide = _layout.accumulate_dtype(maps.dtype)
     numbers = scratch_elements(*size, len(rows), len(columns), same, grad is not None)
@@ -38,16 +38,16 @@ def _run(
     each = -(-(2 * taps_bytes(size[1], wide) + numbers * wide.itemsize) // 64) * 64
     threads = _cpu_view.threads(len(maps) * size[0] * size[1])
     scratch = maps.new_empty(each * threads, dtype=torch.uint8)
-    grad = None if grad is None else _cpu_view.dense(grad, wide)
-    code = _cpu_view.DTYPE_CODES
-    values, to_maps, to_others = _cpu_view.pointers(outputs)
+    grad = None if grad is None else _native.dense(grad, wide)
+    code = _native.DTYPE_CODES
+    values, to_maps, to_others = _native.pointers(outputs)
     _cpu.warped_ssim(
         len(maps),
         *((maps.shape[1 + i], via[i], size[i]) for i in (0, 1)),
         *((others.shape[1 + i], size[i], size[i]) for i in (0, 1)),
         boxes.data_ptr(), flips.data_ptr(), maps.data_ptr(), code[maps.dtype], maps.stride(),
         others.data_ptr(), code[others.dtype], others.stride(), list(rows), list(columns), c1, c2,
-        same, *_cpu_view.pointers([grad]), values, to_maps, to_others, scratch.data_ptr(), each,
+        same, *_native.pointers([grad]), values, to_maps, to_others, scratch.data_ptr(), each,
         threads,
     )  # fmt: skip
 
