@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 PY     := $(BIN)/python
 STAMP  := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f 2>/dev/null)
+NATIVE  := $(shell find csrc tests/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-slow lint format types doctor bench clean
 
@@ -36,7 +37,7 @@ doctor: $(STAMP)
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 types: $(VENV)/.tests
 	$(BIN)/mypy
@@ -44,12 +45,15 @@ types: $(VENV)/.tests
 format: $(VENV)/.tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(NATIVE)
 
+# The .cu files built for the host run the same tests as every other backend.
+CUDA_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,relu cam map_statistics cam_statistics))
 # The interpreter is chosen when Triton is imported, hence a process of its own.
 test: lint types
 	CAMKERNELS_REQUIRE=cpu $(PY) -m pytest tests -m "not slow and not gpu"
 	TRITON_INTERPRET=1 CAMKERNELS_REQUIRE=triton $(PY) -m pytest tests/ops -m "not slow and not gpu"
+	CAMKERNELS_CUDA_HOST=1 CAMKERNELS_REQUIRE=cuda $(PY) -m pytest tests/cuda_host $(CUDA_TESTS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.tests
 	CAMKERNELS_REQUIRE=cpu $(PY) -m pytest tests -m "slow and not gpu"

@@ -7,6 +7,7 @@ module, so that backend ``cuda`` takes CPU tensors in this process.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,6 @@ def unavailable_reason() -> str | None:
 
 
 def _path() -> str:
-    import os
-
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
@@ -79,12 +78,12 @@ def build(folder: Path = FOLDER, csrc: Path = CSRC) -> Path:
     return target
 
 
-def load() -> ModuleType:
-    """The host build as ``camkernels._cuda`` of this process."""
+def load(path: Path | None = None) -> ModuleType:
+    """The host build (made now where no path is given) as ``camkernels._cuda`` of this process."""
     import camkernels
 
     name = "camkernels._cuda"
-    spec = importlib.util.spec_from_file_location(name, build())
+    spec = importlib.util.spec_from_file_location(name, path or build())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

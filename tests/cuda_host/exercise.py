@@ -1,0 +1,123 @@
+"""Every CUDA kernel once or more, in several orders of threads and blocks, against the reference.
+
+``python exercise.py MODULE`` takes a host build (see build.py), perhaps of a copy of the sources
+with a fault; it prints what was found, and exits with 1 where anything was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cuda_host.build import load
+
+ORDERS = (0, 1, 7)
+# Planes by vectors, also where they end in the next channel; planes beyond one block; any strides;
+# channels by vectors, whole and not; more channels than one block takes.
+ACTIVATIONS = (
+    ((2, 40, 7, 7), "nchw"),
+    ((2, 17, 8, 8), "nchw"),
+    ((1, 3, 50, 50), "nchw"),
+    ((1, 5, 17, 19), "nchw"),
+    ((2, 40, 7, 7), "channels_last"),
+    ((2, 300, 3, 5), "channels_last"),
+    ((1, 33, 50, 50), "channels_last"),
+    ((2, 20, 6, 5), "strided"),
+    ((1, 600, 1, 1), "nchw"),
+)
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in other strides."""
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        return values.repeat_interleave(2, 3)[..., ::2]
+    return values
+
+
+def calls() -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """Name, and an op with its gradients on the backend in force."""
+    import camkernels as ck
+    from camkernels.nn.functional import relu
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shape, layout in ACTIVATIONS:
+            a = lay_out(torch.rand(shape).to(dtype), layout).requires_grad_()
+            g = lay_out(torch.randn(shape).to(dtype), layout).requires_grad_()
+
+            def cam(a: Tensor = a, g: Tensor = g) -> list[Tensor]:
+                statistics, maps = ck.cam_statistics(a, g, return_maps=True)
+                loss = maps.square().sum() + statistics.entropy.sum() + statistics.area.sum()
+                plain = ck.grad_cam(a, g)
+                loss = loss + plain.square().sum()
+                found = [maps, plain, *statistics, *torch.autograd.grad(loss, (a, g))]
+                return [x.detach() for x in found]
+
+            yield f"cam {shape} {layout} {dtype}", cam
+        maps = torch.rand(3, 9, 40).to(dtype).requires_grad_()
+
+        def statistics(maps: Tensor = maps) -> list[Tensor]:
+            found = ck.map_statistics(maps)
+            loss = found.entropy.sum() + found.area.sum() + found.variance.sum()
+            return [x.detach() for x in (*found, *torch.autograd.grad(loss, maps))]
+
+        yield f"map_statistics {dtype}", statistics
+        u = torch.randn(5003).to(dtype).requires_grad_()
+
+        def rectified(u: Tensor = u) -> list[Tensor]:
+            v = relu(u)
+            return [v.detach(), *torch.autograd.grad(v.float().square().sum(), u)]
+
+        yield f"relu {dtype}", rectified
+
+
+def compare(name: str, found: list[Tensor], expected: list[Tensor], first: list[Tensor]) -> str:
+    for i, (x, y, one) in enumerate(zip(found, expected, first, strict=True)):
+        scale = float(y.double().abs().max()) + 1e-6
+        tolerance = 2e-5 if x.dtype == torch.float32 else 2e-2
+        error = float((x.double() - y.double()).abs().max())
+        if not error <= tolerance * scale:
+            return f"{name}: result {i} is off by {error:.3g} of {scale:.3g}"
+        if not torch.equal(x, one):
+            return f"{name}: result {i} depends on the order of threads"
+    return ""
+
+
+def exercise(module: Any) -> list[str]:
+    """What is wrong."""
+    import camkernels as ck
+
+    torch.manual_seed(0)
+    faults = []
+    for name, call in calls():
+        with ck.backend("reference"):
+            expected = call()
+        first: list[Tensor] | None = None
+        for order in ORDERS:
+            module.set_order(order)
+            try:
+                with ck.backend("cuda"):
+                    found = call()
+            except RuntimeError as error:
+                faults.append(f"{name}, order {order}: {error}")
+                break
+            first = first or found
+            if fault := compare(f"{name}, order {order}", found, expected, first):
+                faults.append(fault)
+                break
+    module.set_order(0)
+    return faults
+
+
+if __name__ == "__main__":
+    found = exercise(load(Path(sys.argv[1])))
+    print("\n".join(found))
+    sys.exit(1 if found else 0)
