@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,8 +69,9 @@ def test_one_object_can_be_entered_again() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*auto, reference, cpu, triton"):
-        ck.backend("cuda")  # type: ignore[arg-type]
+    allowed = "auto, reference, cpu, triton, cuda"
+    with pytest.raises(ValueError, match=rf"unknown backend 'metal'.*{allowed}"):
+        ck.backend("metal")  # type: ignore[arg-type]
     assert ck.current_backend() == "auto"
 
 
@@ -207,3 +210,56 @@ def test_a_backward_on_another_thread_keeps_the_backend(kernels: list[tuple[str,
     assert kernels[-1] == ("cam_statistics_bwd", "cpu")
     assert a.grad is not None
     assert bool(a.grad.any())
+
+
+class TestCudaReasons:
+    """Why the CUDA backend cannot work here: a module, driver and device of the test's making."""
+
+    def reason(self, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> str | None:
+        facts = {
+            "archs": "sm_80, sm_90 and PTX",
+            "versions": lambda: (13000, 13000),
+            "device_status": lambda: 0,
+            "error_name": lambda status: "cudaErrorNoKernelImageForDevice",
+            **facts,
+        }
+        monkeypatch.setitem(sys.modules, "camkernels._cuda", SimpleNamespace(**facts))
+        return backends._cuda_reason.__wrapped__()
+
+    @pytest.fixture(autouse=True)
+    def _device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+
+    def test_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.reason(monkeypatch) is None
+
+    def test_not_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "camkernels._cuda", None)
+        found = backends._cuda_reason.__wrapped__()
+        assert found is not None
+        assert "does not import" in found
+        assert "CAMKERNELS_CUDA=1" in found
+
+    def test_no_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.reason(monkeypatch, versions=lambda: (0, 13000))
+        assert found == "no NVIDIA driver is installed"
+
+    def test_a_driver_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.reason(monkeypatch, versions=lambda: (12080, 13000))
+        assert found is not None
+        assert "supports CUDA 12.8" in found
+        assert "built with CUDA 13.0" in found
+        # within a major version drivers and runtimes go together
+        assert self.reason(monkeypatch, versions=lambda: (13000, 13010)) is None
+
+    def test_no_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        found = self.reason(monkeypatch)
+        assert found in ("torch is a CPU build", "torch finds no CUDA device")
+
+    def test_an_architecture_that_was_not_built(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.reason(monkeypatch, device_status=lambda: 209)
+        assert found is not None
+        for part in ("sm_61", "cudaErrorNoKernelImageForDevice", "sm_80, sm_90 and PTX"):
+            assert part in found

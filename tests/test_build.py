@@ -197,3 +197,57 @@ def test_blocks_cover_all_channels(batch: int, channels: int) -> None:
     assert (blocks - 1) * block < channels <= blocks * block
     assert block % 16 == 0
     assert blocks == 1 or block >= 64 or channels // blocks >= 32
+
+
+def setup_program(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` after setup.py's definitions, whose last statement is left out."""
+    program = (
+        f"path, code = {str(ROOT / 'setup.py')!r}, {code!r}\n"
+        "text = open(path, encoding='utf-8').read()\n"
+        "names = {'__file__': path, '__name__': 'setup'}\n"
+        "exec(compile(text[: text.index('\\nsetup(\\n')], path, 'exec'), names)\n"
+        "exec(code, names)\n"
+    )
+    return run_python(program, **environment)
+
+
+def test_without_nvcc_the_reason_is_told(tmp_path: Path) -> None:
+    code = "try: find_nvcc()\nexcept CannotBuildError as error: print(error)"
+    run = setup_program(code, NVCC=str(tmp_path / "nvcc"))
+    assert "is not to be found" in run.stdout, run.stderr
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\necho no host compiler >&2\nexit 1\n")
+    broken.chmod(0o755)
+    run = setup_program(code, NVCC=str(broken))
+    assert "does not compile a small program: no host compiler" in run.stdout, run.stderr
+
+
+def test_architectures_are_those_that_nvcc_knows(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_75\\ncompute_80\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    code = f"print(cuda_archs([{str(nvcc)!r}]))"
+    assert "['75', '80', '90']" in setup_program(code, CAMKERNELS_CUDA_ARCHS="").stdout
+    assert "['80', '90']" in setup_program(code, CAMKERNELS_CUDA_ARCHS="8.0;9.0").stdout
+    assert "does not know 61" in setup_program(code, CAMKERNELS_CUDA_ARCHS="61").stderr
+
+
+def test_the_cuda_module_imports_without_a_gpu_and_needs_no_torch() -> None:
+    spec = importlib.util.find_spec("camkernels._cuda")
+    if spec is None:
+        pytest.skip("installed without camkernels._cuda (CAMKERNELS_CUDA=1 shows why)")
+    program = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('camkernels._cuda', {spec.origin!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(module.archs, module.versions()[1])\n"
+    )
+    run = run_python(program)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("sm_")
+    needed = subprocess.run(
+        ["ldd", str(spec.origin)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "cudart" not in needed  # linked in

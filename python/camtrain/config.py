@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adam", "sgd"),
     "damaged": ("skip", "error"),
     "precision": ("32-true", "16-mixed", "bf16-mixed", "64-true"),
-    "backend": ("auto", "reference", "cpu", "triton"),
+    "backend": ("auto", "reference", "cpu", "triton", "cuda"),
 }
 
 

@@ -109,7 +109,7 @@ def environment() -> dict[str, Any]:
         import camkernels
 
         versions["camkernels"] = camkernels.__version__
-    reasons = {name: backends.unavailable_reason(name) for name in ("reference", "cpu", "triton")}
+    reasons = {name: backends.unavailable_reason(name) for name in backends.NAMES[1:]}
     return {
         "python": sys.version.split()[0],
         "versions": versions,
