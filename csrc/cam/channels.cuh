@@ -136,7 +136,6 @@ __device__ inline void reduce_channel_vectors(const Chunk<T>& x, int count, int 
     for (int g = 0; g < groups; ++g) sum += partials.get(g * vectors * N + c);
     sums.set(c, sum);
   }
-  __syncthreads();
 }
 
 // sums[k] (+)= sum_p weight(p) x_kp over pixels [begin, end), which begin at a whole vector.

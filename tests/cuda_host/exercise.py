@@ -27,6 +27,7 @@ ACTIVATIONS = (
     ((1, 3, 50, 50), "nchw"),
     ((1, 5, 17, 19), "nchw"),
     ((2, 40, 7, 7), "channels_last"),
+    ((2, 16, 7, 7), "channels_last"),
     ((2, 300, 3, 5), "channels_last"),
     ((1, 33, 50, 50), "channels_last"),
     ((2, 20, 6, 5), "strided"),
@@ -57,8 +58,9 @@ def calls() -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
                 statistics, maps = ck.cam_statistics(a, g, return_maps=True)
                 loss = maps.square().sum() + statistics.entropy.sum() + statistics.area.sum()
                 plain = ck.grad_cam(a, g)
-                loss = loss + plain.square().sum()
-                found = [maps, plain, *statistics, *torch.autograd.grad(loss, (a, g))]
+                weighted = ck.class_activation_map(a, g.float().mean((2, 3)))
+                loss = loss + plain.square().sum() + weighted.square().sum()
+                found = [maps, plain, weighted, *statistics, *torch.autograd.grad(loss, (a, g))]
                 return [x.detach() for x in found]
 
             yield f"cam {shape} {layout} {dtype}", cam

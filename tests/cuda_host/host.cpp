@@ -166,18 +166,18 @@ void run_block() {
     fibres[i].begun = false;
     if (!fibres[i].stack) fibres[i].stack.reset(new char[kStackBytes]);
   }
-  const std::vector<unsigned> order = ordered(threads);
+  const std::vector<unsigned> lanes = ordered(kWarp), warps = ordered(threads / kWarp);
   while (failure.empty()) {
-    bool ran = false;
-    for (const unsigned thread : order) {
-      if (fibres[thread].state != kReady) continue;
-      resume((int)thread);
-      ran = true;
-      if (!failure.empty()) return;
+    // Each warp goes as far as it can alone, so that warps are never in step by chance.
+    for (const unsigned warp : warps) {
+      const int first = (int)warp * kWarp;
+      do {
+        for (const unsigned lane : lanes) {
+          if (fibres[first + lane].state == kReady) resume(first + (int)lane);
+          if (!failure.empty()) return;
+        }
+      } while (release_warp(first));
     }
-    bool released = false;
-    for (int first = 0; first < threads; first += kWarp) released |= release_warp(first);
-    if (ran || released) continue;
     bool ended = true;
     for (int i = 0; i < threads; ++i) ended = ended && fibres[i].state == kEnded;
     if (ended) return;

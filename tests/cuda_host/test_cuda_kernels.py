@@ -160,6 +160,9 @@ def test_a_failed_launch_names_the_error_the_op_and_the_shape(
 # ---- every barrier is needed, and is missed where it is removed ---------------------------------
 
 BARRIER = "__syncthreads();"
+# Not to be seen where blocks run one after another: in arrives_last, what a block wrote comes before
+# its arrival.
+UNSEEN = {("common/block.cuh", 3)}
 
 
 def barriers() -> list[tuple[str, int]]:
@@ -168,7 +171,7 @@ def barriers() -> list[tuple[str, int]]:
     for path in sorted(build.CSRC.glob("*/*.cu*")):
         count = path.read_text(encoding="utf-8").count(BARRIER)
         found += [(path.relative_to(build.CSRC).as_posix(), i) for i in range(count)]
-    return found
+    return [barrier for barrier in found if barrier not in UNSEEN]
 
 
 def without(text: str, index: int) -> str:
