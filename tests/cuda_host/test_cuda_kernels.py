@@ -160,7 +160,7 @@ def test_a_failed_launch_names_the_error_the_op_and_the_shape(
 # ---- every barrier is needed, and is missed where it is removed ---------------------------------
 
 BARRIER = "__syncthreads();"
-# Not to be seen where blocks run one after another: in arrives_last, what a block wrote comes before
+# Not seen where blocks run one after another: in arrives_last, what a block wrote comes before
 # its arrival.
 UNSEEN = {("common/block.cuh", 3)}
 

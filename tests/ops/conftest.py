@@ -9,7 +9,10 @@ import pytest
 
 from camkernels import backends
 
-_FILES = ("test_similarity.py", "test_similarity_triton.py", "test_lp_norm.py", "test_min_max.py")
+_FILES = tuple(
+    f"test_{n}.py"
+    for n in ("warp", "ssim", "warped_ssim", "similarity_triton", "lp_norm", "min_max")
+)
 _KEPT = ("values_and_two_orders", "of_any_sizes", "bad_boxes", "nan_stays", "empty_batch")
 
 

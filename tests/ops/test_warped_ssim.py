@@ -1,0 +1,268 @@
+"""warped_ssim by the public function, and what it has in common with warp and ssim: further orders,
+memory, bad values, bad arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.base import device_of, every_backend, has_double
+from ops.oracle import lay_out
+from ops.two_views import (
+    DOUBLE,
+    SLOW,
+    both,
+    compare,
+    crops,
+    dtypes,
+    generator,
+    plain_ssim,
+    views,
+    weights_of,
+)
+from torch import Tensor
+
+import camkernels as ck
+from camkernels.ops.warp.op import warp_fwd
+from camkernels.ops.warped_ssim.op import warped_ssim_fwd
+
+PAIRS = {
+    "maps of a picture": ((7, 7), (7, 7), (32, 40), (24, 30), {}),
+    "other sizes": ((5, 9), (3, 4), (28, 25), (33, 17), {"padding": "same"}),
+    "one pixel": ((1, 1), (6, 7), (16, 16), (16, 16), {}),
+    "small": ((4, 4), (4, 4), (8, 8), (6, 5), {"window": "uniform", "window_size": 3}),
+}
+
+
+def composed(
+    maps: Tensor, others: Tensor, boxes: Tensor, flips: Tensor, via: Any, size: Any, options: Any
+) -> Tensor:
+    u = crops(maps[:, None], boxes, flips, via, size)[:, 0]
+    v = F.interpolate(others[:, None], size, mode="bilinear")[:, 0]
+    weights = [weights_of(n, options) for n in size]
+    pad = tuple(len(w) // 2 for w in weights) if options.get("padding") == "same" else 0
+    return plain_ssim(u, v, weights, pad, 1e-4, 9e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("name", PAIRS)
+def test_warped_ssim_is_the_composition(name: str, backend: str) -> None:
+    shape, other, via, size, options = PAIRS[name]
+    boxes, flips = views(5, 4, *via)
+    for dtype in dtypes(backend):
+        for layout in ("transposed",) if SLOW else ("contiguous", "transposed", "expanded_batch"):
+            maps = torch.rand(4, *shape, generator=generator(1), dtype=DOUBLE).to(dtype)
+            others = torch.rand(4, *other, generator=generator(2), dtype=DOUBLE).to(dtype)
+            compare(
+                both(
+                    lambda a, b: ck.warped_ssim(
+                        a, b, boxes.to(a.device), flips.to(a.device), size, source_size=via,
+                        **options,
+                    ),
+                    lambda a, b: composed(a, b, boxes, flips, via, size, options),
+                    [lay_out(maps, layout), lay_out(others, layout)],
+                    backend,
+                ),
+                1e-10 if dtype == DOUBLE else 1e-4,
+            )  # fmt: skip
+
+
+@every_backend
+def test_the_size_of_the_paper(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("minutes in the interpreter")
+    boxes, flips = views(5, 3, 224, 224)
+    maps, others = (torch.rand(3, 7, 7, generator=generator(s)) for s in (1, 2))
+    compare(
+        both(
+            lambda a, b: ck.warped_ssim(a, b, boxes, flips),
+            lambda a, b: composed(a, b, boxes, flips, (224, 224), (224, 224), {}),
+            [maps, others],
+            backend,
+        ),
+        5e-5,
+    )
+
+
+# ---- further orders, memory, bad values ----
+
+FUNCTIONS: dict[str, Any] = {
+    "warp": lambda x, y, b, f: ck.warp(x, b, f, (4, 5), source_size=(9, 8)) * y.mean(),
+    "ssim": lambda x, y, b, f: ck.ssim(x, y, window_size=3),
+    "warped_ssim": lambda x, y, b, f: ck.warped_ssim(
+        x, y, b, f, (6, 5), source_size=(9, 8), window_size=3
+    ),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck_and_gradgradcheck(name: str, backend: str) -> None:
+    if not has_double(backend):
+        pytest.skip("takes no float64")
+    boxes, flips = views(2, 2, 9, 8)
+    x, y = (torch.rand(2, 4, 5, dtype=DOUBLE, requires_grad=True) for _ in range(2))
+    with ck.backend(backend):
+        function = lambda a, b: FUNCTIONS[name](a, b, boxes, flips)  # noqa: E731
+        assert torch.autograd.gradcheck(function, (x, y))
+        assert torch.autograd.gradgradcheck(function, (x, y))
+
+
+@every_backend
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("poisoned_allocations")
+def test_every_output_is_written_and_one_gradient_can_be_asked_for(name: str, backend: str) -> None:
+    boxes, flips = (t.to(device_of(backend)) for t in views(2, 3, 9, 8))
+    x, y = (torch.rand(3, 4, 5).to(device_of(backend)) for _ in range(2))
+    with ck.backend(backend):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        whole = torch.autograd.grad(FUNCTIONS[name](a, b, boxes, flips).sum(), (a, b))
+        assert all(bool(g.isfinite().all()) and bool(g.any()) for g in whole)
+        for i, (one, other) in enumerate([(a, y), (b, x)]):
+            pair = (one, other) if i == 0 else (other, one)
+            (alone,) = torch.autograd.grad(FUNCTIONS[name](*pair, boxes, flips).sum(), one)
+            assert torch.equal(alone, whole[i])
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bad_values_stay_in_their_sample(name: str, bad: float, backend: str) -> None:
+    if name == "warp":
+        FUNCTIONS_OF = lambda x, y, b, f: ck.warp(x, b, f, (4, 5), source_size=(9, 8))  # noqa: E731
+    else:
+        FUNCTIONS_OF = FUNCTIONS[name]
+    boxes = torch.tensor([[0, 0, 9, 8]] * 3).to(device_of(backend))
+    flips = torch.zeros(3, dtype=torch.bool).to(device_of(backend))
+    x, y = (torch.rand(3, 4, 5).to(device_of(backend)) for _ in range(2))
+    broken = x.clone()
+    broken[1, 2, 2] = bad
+    with ck.backend(backend):
+        clean, found = (FUNCTIONS_OF(t, y, boxes, flips) for t in (x, broken))
+    assert torch.equal(found[[0, 2]], clean[[0, 2]])
+    assert not bool(found[1].isfinite().all())
+
+
+BAD_BOXES = [
+    (-1, 0, 2, 2), (0, 0, 0, 2), (0, 0, 2, -3), (8, 0, 2, 2), (0, 0, 2, 9), (2**40, 0, 2, 2),
+    (1, 1, 2**63 - 1, 2),
+]  # fmt: skip
+
+
+@every_backend
+def test_a_bad_box_makes_its_sample_nan_both_ways(backend: str) -> None:
+    """Where the values of boxes are not checked, as on a GPU."""
+    boxes = torch.tensor([(0, 0, 9, 8), *BAD_BOXES, (1, 2, 3, 4)]).to(device_of(backend))
+    flips = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    maps, others = (torch.rand(len(boxes), 4, 5).to(boxes.device).requires_grad_() for _ in "ab")
+    options = ((9, 8), (6, 7), [1 / 3] * 3, [1 / 3] * 3, 1e-4, 9e-4, False)
+    found = []
+    if backend != "cuda":  # which has no kernel of warp
+        warped = warp_fwd(maps[:, None], boxes, flips, *options[:2], backend=backend)
+        found += [warped, *torch.autograd.grad(warped.sum(), maps)]
+    values = warped_ssim_fwd(maps, others, boxes, flips, *options, backend=backend)
+    found += [values, *torch.autograd.grad(values.sum(), (maps, others))]
+    for result in found:
+        bad = result.detach().flatten(1) if result.dim() > 1 else result.detach()[:, None]
+        assert bool(bad[1:-1].isnan().all())
+        assert bool(bad[[0, -1]].isfinite().all())
+
+
+@every_backend
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_empty_batch(name: str, backend: str) -> None:
+    device = device_of(backend)
+    x, y = (torch.rand(0, 4, 5, device=device, requires_grad=True) for _ in range(2))
+    boxes = torch.zeros(0, 4, dtype=torch.long, device=device)
+    flips = torch.zeros(0, dtype=torch.bool, device=device)
+    function = FUNCTIONS[name] if name != "warp" else lambda x, y, b, f: ck.warp(x, b, f, (4, 5))
+    with ck.backend(backend):
+        value = function(x, y, boxes, flips)
+        assert value.shape[0] == 0
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert gradient.shape == x.shape
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    boxes, flips = views(5, 6, 64, 64)
+    maps, others = (torch.rand(6, 7, 7, generator=generator(s)) for s in (1, 2))
+    images = torch.rand(6, 3, 64, 64)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            a, b, c = (t.clone().requires_grad_() for t in (maps, others, images))
+            with ck.backend("cpu"):
+                values = ck.warped_ssim(a, b, boxes, flips, (96, 96), source_size=(64, 64))
+                warped = ck.warp(c, boxes, flips, (96, 96))
+                similar = ck.ssim(c, images.flip(-1))
+            total = values.sum() + warped.square().sum() + similar.sum()
+            found.append([values.detach(), *torch.autograd.grad(total, (a, b, c))])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
+
+
+# ---- bad arguments ----
+
+GOOD = (torch.rand(2, 7, 7), torch.tensor([[0, 0, 7, 7]] * 2), torch.tensor([False, True]))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[0, 0, 7, 8], [0, 0, 7, 7]], "leaves a picture of 7 x 7"),
+        ([[0, 0, 7, 7], [-1, 0, 7, 7]], "sample 1"),
+        ([[0, 0, 0, 7], [0, 0, 7, 7]], "is empty"),
+        ([[6, 6, 2, 2], [0, 0, 7, 7]], "leaves"),
+        ([[5, 5, 2, -2], [0, 0, 7, 7]], "is empty"),
+        ([[1, 1, 2**63 - 1, 2], [0, 0, 7, 7]], "leaves"),  # top + height overflows
+        ([[1, 1, 2, 2**63 - 1], [0, 0, 7, 7]], "leaves"),
+        ([[2**63 - 1, 0, 1, 1], [0, 0, 7, 7]], "leaves"),
+        ([[-(2**63), 0, 7, 7], [0, 0, 7, 7]], "leaves"),
+        ([[0, 0, 7, 7]], r"expected \(2, 4\) for this batch"),
+    ],
+)
+def test_boxes_that_are_none(boxes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ck.warp(GOOD[0], torch.tensor(boxes))
+    with pytest.raises(ValueError, match=message):
+        ck.warped_ssim(GOOD[0], GOOD[0], torch.tensor(boxes), size=(7, 7))
+
+
+def test_wrong_arguments() -> None:
+    maps, boxes, flips = GOOD
+    with pytest.raises(TypeError, match="boxes: expected an int64"):
+        ck.warp(maps, boxes.float())
+    with pytest.raises(TypeError, match="flips: expected a bool"):
+        ck.warp(maps, boxes, flips.long())
+    with pytest.raises(ValueError, match="flips: expected"):
+        ck.warp(maps, boxes, flips[:1])
+    with pytest.raises(TypeError, match="images: expected float32"):
+        ck.warp(maps.long(), boxes)
+    with pytest.raises(ValueError, match="images"):
+        ck.warp(maps[0], boxes)
+    for size in ((0, 4), (4,), (4.0, 4), 7):
+        with pytest.raises(ValueError, match="size: expected two positive integers"):
+            ck.warp(maps, boxes, flips, size)  # type: ignore[arg-type]
+    for options, name in (
+        ({"window_size": 4}, "window_size"),
+        ({"window_size": 0}, "window_size"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"data_range": -1.0}, "data_range"),
+        ({"window": "box"}, "window"),
+        ({"padding": "reflect"}, "padding"),
+        ({"k1": -1.0}, "k1"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            ck.ssim(maps, maps, **options)
+    with pytest.raises(ValueError, match="y: expected the shape of x"):
+        ck.ssim(maps, maps[:, :3])
+    with pytest.raises(TypeError, match="float64 goes with float64"):
+        ck.ssim(maps, maps.double())
+    with pytest.raises(ValueError, match="others: expected a batch of 2"):
+        ck.warped_ssim(maps, maps[:1], boxes)
