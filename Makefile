@@ -48,7 +48,7 @@ format: $(VENV)/.tests
 	$(BIN)/clang-format -i $(NATIVE)
 
 # The .cu files built for the host run the same tests as every other backend.
-CUDA_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,relu cam map_statistics cam_statistics))
+CUDA_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,relu cam map_statistics cam_statistics ssim ssim_kernels warped_ssim))
 # The interpreter is chosen when Triton is imported, hence a process of its own.
 test: lint types
 	CAMKERNELS_REQUIRE=cpu $(PY) -m pytest tests -m "not slow and not gpu"

@@ -41,6 +41,9 @@ CUDA_FILES = (
     "test_cam_statistics.py",
     "test_map_statistics.py",
     "test_relu.py",
+    "test_ssim.py",
+    "test_ssim_kernels.py",
+    "test_warped_ssim.py",
 )
 """Tests of ops that have CUDA kernels."""
 if os.environ.get("CAMKERNELS_CUDA_HOST") == "1":

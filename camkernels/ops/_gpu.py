@@ -33,3 +33,12 @@ def arrival_counters(batch: int, device: torch.device) -> Tensor:
         held = torch.zeros(size, dtype=torch.int32, device=device)
         _counters[device, stream] = held
     return held
+
+
+def check_axis(source: int, via: int, size: int) -> None:
+    """Twice the products of two sizes must fit 32 bit."""
+    if 2 * (via + 2) * (max(source, size) + 2) >= 2**31:
+        raise ValueError(
+            "via, size: along an axis the kernels for GPUs take pictures whose size times that of "
+            f"the source, and of the output, is below 2^30, got {source} by way of {via} to {size}"
+        )

@@ -3,7 +3,7 @@ warp/reference.py.
 
 A position is a fraction of two integers, so its floor is exact and the share is rounded once; in
 float32 a position in a picture of 500 pixels is off by 3e-5 pixels. Integers are 32 bit
-(``check_axis``), offsets 64 bit.
+(``_gpu.check_axis``), offsets 64 bit.
 """
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
 
@@ -96,12 +96,3 @@ def weight_of(pixel, index, begin, length, source, via, size, COMPOSED: tl.const
     if COMPOSED:
         weight += tl.where(c == pixel, w_c, 0.0) + tl.where(d == pixel, w_d, 0.0)
     return weight
-
-
-def check_axis(source: int, via: int, size: int) -> None:
-    """Twice the products of two sizes must fit 32 bit."""
-    if 2 * (via + 2) * (max(source, size) + 2) >= 2**31:
-        raise ValueError(
-            "via, size: along an axis the Triton kernels take pictures whose size times that of "
-            f"the source, and of the output, is below 2^30, got {source} by way of {via} to {size}"
-        )

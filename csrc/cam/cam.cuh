@@ -7,9 +7,6 @@
 namespace camkernels {
 namespace cuda {
 
-// Said to the compiler, which of itself spills to get down to 40 or 48 registers.
-constexpr int kBlocksPerMultiprocessor = 3;
-
 // Shared memory of a block, in floats.
 constexpr int kTile = 2048;  // pixels of D that are kept
 constexpr int kAlphaAt = 0, kSumsAt = kLargestChunk, kScratchAt = kSumsAt + kPartials;

@@ -13,6 +13,8 @@ namespace camkernels {
 namespace cuda {
 
 constexpr int kThreads = 256;
+// Said to the compiler, which of itself spills to get down to 32, 40 or 48 registers.
+constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 

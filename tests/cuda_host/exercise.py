@@ -72,6 +72,7 @@ def calls() -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
             return [x.detach() for x in (*found, *torch.autograd.grad(loss, maps))]
 
         yield f"map_statistics {dtype}", statistics
+        yield from similarities(dtype)
         u = torch.randn(5003).to(dtype).requires_grad_()
 
         def rectified(u: Tensor = u) -> list[Tensor]:
@@ -79,6 +80,30 @@ def calls() -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
             return [v.detach(), *torch.autograd.grad(v.float().square().sum(), u)]
 
         yield f"relu {dtype}", rectified
+
+
+def similarities(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """ssim and warped_ssim: windows of one span and of several, maps that several blocks join."""
+    import camkernels as ck
+
+    x, y = (torch.rand(2, 2, 40, 37).to(dtype).requires_grad_() for _ in range(2))
+    maps, others = (torch.rand(2, 20, 9).to(dtype).requires_grad_() for _ in range(2))
+    boxes = torch.tensor([[0, 0, 40, 37], [3, 5, 20, 11]])
+    flips = torch.tensor([False, True])
+    for length in (5, 21):
+
+        def stored(length: int = length) -> list[Tensor]:
+            value = ck.ssim(x, y, window_size=length)
+            return [value.detach(), *torch.autograd.grad(value.sum(), (x, y))]
+
+        def warped(length: int = length) -> list[Tensor]:
+            value = ck.warped_ssim(
+                maps, others, boxes, flips, (50, 37), source_size=(40, 37), window_size=length
+            )
+            return [value.detach(), *torch.autograd.grad(value.sum(), (maps, others))]
+
+        yield f"ssim {length} {dtype}", stored
+        yield f"warped_ssim {length} {dtype}", warped
 
 
 def compare(name: str, found: list[Tensor], expected: list[Tensor], first: list[Tensor]) -> str:

@@ -11,7 +11,7 @@ from camkernels import backends
 
 _FILES = tuple(
     f"test_{n}.py"
-    for n in ("warp", "ssim", "warped_ssim", "similarity_triton", "lp_norm", "min_max")
+    for n in ("warp", "ssim", "warped_ssim", "warp_triton", "ssim_kernels", "lp_norm", "min_max")
 )
 _KEPT = ("values_and_two_orders", "of_any_sizes", "bad_boxes", "nan_stays", "empty_batch")
 

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from camkernels.ops import _triton_launch as host
+from camkernels.ops._gpu import check_axis
 from camkernels.ops._triton_statistics import load_pixels
-from camkernels.ops._triton_warp import check_axis, pair
+from camkernels.ops._triton_warp import pair
 
 LARGEST_MAP = 64
 TILE, TILE_WARPS = tl.constexpr(16), 4

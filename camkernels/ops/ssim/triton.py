@@ -10,7 +10,6 @@ nothing is filtered twice and every pixel is written once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from camkernels.ops import _triton_launch as host
+from camkernels.ops.ssim.arguments import weights_on, window_arguments
 
 # Variances are differences of means of squares: tf32 would leave nothing of them.
 PRECISION = tl.constexpr("ieee")
@@ -271,26 +271,6 @@ def ssim_bwd_pixels_kernel(
         )
         grad = to_nu + 2 * y * to_squares + x * to_products
         tl.store(to_y_ptr + out, grad.to(to_y_ptr.dtype.element_ty), mask=exists)
-
-
-@functools.cache
-def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(weights, dtype=torch.float32, device=device)
-
-
-def weights_on(rows: Sequence[float], columns: Sequence[float], device: torch.device) -> Tensor:
-    """Weights of both axes. Kept, since a copy to the GPU waits for it: some hundred bytes."""
-    return _on_device((*rows, *columns), device)
-
-
-def window_arguments(
-    size: Sequence[int], rows: Sequence[float], columns: Sequence[float], same: bool
-) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """How many windows down and across; lengths and paddings of the window."""
-    lengths = len(rows), len(columns)
-    pads = (lengths[0] // 2, lengths[1] // 2) if same else (0, 0)
-    down, across = (s + 2 * p - k + 1 for s, p, k in zip(size, pads, lengths, strict=True))
-    return (down, across), (*lengths, *pads)
 
 
 def join(sums: Tensor, windows: int) -> Tensor:

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from camkernels.ops import _triton_launch as host
-from camkernels.ops._triton_warp import check_axis, load_box, taps, touching, weight_of
+from camkernels.ops._gpu import check_axis
+from camkernels.ops._triton_warp import load_box, taps, touching, weight_of
 from camkernels.ops.warp.reference import Size
 
 BLOCK = 1024

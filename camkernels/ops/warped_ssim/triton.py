@@ -19,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from camkernels.ops import _triton_launch as host
-from camkernels.ops._triton_warp import check_axis, load_box, taps
+from camkernels.ops._gpu import check_axis
+from camkernels.ops._triton_warp import load_box, taps
+from camkernels.ops.ssim.arguments import weights_on, window_arguments
 from camkernels.ops.ssim.triton import (
     TILE,
     add_across,
@@ -32,8 +34,6 @@ from camkernels.ops.ssim.triton import (
     load_tile,
     parts,
     product,
-    weights_on,
-    window_arguments,
 )
 from camkernels.ops.warped_ssim.reference import Size
 
