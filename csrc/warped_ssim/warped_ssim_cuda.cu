@@ -19,6 +19,9 @@ namespace {
 constexpr int kTapsAt = kWindowFloats, kTapsOfAxis = 8 * kSpan;
 constexpr int kBytes = (kTapsAt + 4 * kTapsOfAxis) * sizeof(float);
 
+// At three blocks of 80 registers a few would spill.
+constexpr int kBlocks = 2;
+
 // Taps of a span along one axis, in shared memory; weights of 0 where there is no pixel.
 struct SpanTaps {
   Shared<int> index;
@@ -123,8 +126,7 @@ struct Views {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    warped_ssim_fwd_kernel(WarpedSsimDevice args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) warped_ssim_fwd_kernel(WarpedSsimDevice args) {
   const WindowCount count = windows_of(args.window, args.size_y, args.size_x);
   const int bands = ceil_div(count.down, kOut);
   const int64_t b = blockIdx.x / bands;
@@ -185,8 +187,7 @@ __device__ inline void join_bands(const float* sums, int bands, int pixels, bool
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    warped_ssim_bwd_kernel(WarpedSsimDevice args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) warped_ssim_bwd_kernel(WarpedSsimDevice args) {
   const WindowCount count = windows_of(args.window, args.size_y, args.size_x);
   const int bands = ceil_div(args.size_y, kOut), band = (int)(blockIdx.x % bands);
   const int64_t b = blockIdx.x / bands;

@@ -33,8 +33,8 @@ pytestmark = [
     pytest.mark.skipif(_tool() is None, reason="triton, whose cuobjdump reads it, is not there"),
 ]
 ARCHS = ("sm_80", "sm_90", "sm_120")
-# Three blocks of 256 threads share 65536 registers.
-MOST_REGISTERS = 80
+# Three blocks of 256 threads share 65536 registers; of warped_ssim two.
+MOST_REGISTERS, MOST_OF_WARPED = 80, 128
 # By 16 bytes where layouts allow: the activations and gradients of cam, and all of relu's.
 READS_VECTORS = re.compile(r"(cam|cam_statistics|relu)_(fwd|bwd)_kernel")
 WRITES_VECTORS = re.compile(r"(cam|cam_statistics)_bwd_kernel|relu_(fwd|bwd)_kernel")
@@ -60,8 +60,8 @@ def dump(*arguments: str) -> str:
 
 def readable(mangled: str) -> str:
     """``cam_fwd_kernel<float>`` of a mangled name."""
-    names = "(?:cam_statistics|map_statistics|cam|relu|warped_ssim|ssim)_(?:fwd|bwd)_kernel|nothing_kernel"
-    found = re.search(rf"({names})(.*)", mangled)
+    ops = "cam_statistics|map_statistics|cam|relu|warped_ssim|ssim"
+    found = re.search(rf"((?:{ops})_(?:fwd|bwd)_kernel|nothing_kernel)(.*)", mangled)
     assert found is not None, mangled
     types = {"If": "float32", "I6__half": "float16", "I13__nv_bfloat16": "bfloat16"}
     kind = next((t for key, t in types.items() if found[2].startswith(key)), "")
@@ -110,7 +110,13 @@ def test_kernels_do_not_spill(compiled: list[Kernel]) -> None:
     for arch in ARCHS:
         names = {k.name.split("<")[0] for k in compiled if k.arch == arch}
         assert len(names) == 13, names  # two each of six ops, and the probe of the device
-    bad = [k for k in compiled if k.stack or k.local or k.registers > MOST_REGISTERS]
+    bad = [
+        k
+        for k in compiled
+        if k.stack
+        or k.local
+        or k.registers > (MOST_OF_WARPED if k.name.startswith("warped") else MOST_REGISTERS)
+    ]
     assert not bad, "\n" + table(bad)
 
 
