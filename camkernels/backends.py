@@ -48,7 +48,8 @@ class backend:  # noqa: N801 - reads as a function: ck.backend("cpu")
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. The last has
-            kernels for relu, cam, map_statistics and cam_statistics; other ops raise.
+            kernels for relu, cam, map_statistics, cam_statistics, ssim and warped_ssim; other ops
+            raise.
 
     Raises:
         ValueError: for an unknown name.

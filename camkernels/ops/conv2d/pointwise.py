@@ -1,10 +1,9 @@
 """1 x 1 convolutions as matrix products, where the CPU's convolutions are slower than its products.
 
-Which these are was measured (two cores, AVX-512, oneDNN 3, float32 and bfloat16, every layer of
-ResNet-50): in channels_last, where there are few pixels, as in a network's last stage (up to 2.7
-times); in NCHW, where planes are large (up to 1.3 times). The data gradient of a strided one, which
-is zero but at the pixels that were read, is made there alone (1.1 times in channels_last, 1.2 to
-1.9 times in NCHW).
+Which these are was measured once (two cores, AVX-512, oneDNN 3, float32 and bfloat16, every layer
+of ResNet-50); what it brings as a whole is in ``step_engine.json``: in channels_last, where there
+are few pixels, as in a network's last stage; in NCHW, where planes are large. The data gradient of
+a strided one, which is zero but at the pixels that were read, is made there alone.
 """
 
 from __future__ import annotations
