@@ -22,7 +22,7 @@ def test_report(python: str, subprocess_environment: dict[str, str]) -> None:
     )
     assert f"torch  {torch.__version__}" in done.stdout
     assert "reference  works: plain PyTorch" in done.stdout
-    for name in ("cpu", "triton"):
+    for name in ("cpu", "triton", "cuda"):
         reason = backends.unavailable_reason(name)
         expected = f"{name}  works" if reason is None else f"{name}  does not work: "
         assert expected in done.stdout

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from camkernels import modes
+from camkernels.taps import detached
 from camkernels.taps.modules import unwrap
 from camkernels.taps.tap import TapError, _Hook
 
@@ -194,6 +195,7 @@ class InputTap:
             # Without gradients the user gets what no_grad promises; the graph stays here.
             plain = tensor.detach()
             outputs.append((weakref.ref(plain), tensor))
+            detached.remember(plain, tensor)
             return plain
 
         return pytree.tree_map_only(Tensor, detach, output)
@@ -232,7 +234,8 @@ class InputTap:
             self.calls, forward.counted = self.calls + 1, True
         graph, training = logits, forward.mode == _TAPPED
         if forward.mode == _MEASURED:  # one look: an idle criterion holds no graph
-            graph = next((g for held, g in forward.outputs if held() is logits), logits)
+            graph = next((g for held, g in forward.outputs if held() is logits), None)
+            graph = detached.graph_of(logits) if graph is None else graph
             forward.outputs, forward.mode = [], _BARE
         elif forward.mode == _SKIPPED or (
             not logits.requires_grad and (forward.mode == _BARE or not grad)

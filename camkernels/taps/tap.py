@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from camkernels.taps import detached
 from camkernels.taps.head import ClosedFormHead, Step, examine, version_of
 from camkernels.taps.modules import LayerLike, find_layers, leaves, unwrap
 
@@ -212,6 +213,7 @@ class Tap:
             # Under no_grad the user gets what no_grad promises; the graph stays here.
             plain = tensor.detach()
             self._forward.outputs.append((weakref.ref(plain), tensor))
+            detached.remember(plain, tensor)
             return plain
 
         return pytree.tree_map_only(Tensor, detach, output)
@@ -339,11 +341,14 @@ class Tap:
         return result
 
     def connected(self, logits: Tensor) -> Tensor:
-        """``logits`` as the tapped graph holds them (they differ under no_grad only)."""
+        """``logits`` as the tapped graph holds them (they differ under no_grad only).
+
+        Of several taps the first in a forward makes the graph, for all of them.
+        """
         for held, graph in self._forward.outputs:
             if held() is logits:
                 return graph
-        return logits
+        return detached.graph_of(logits)
 
     def _refuse_replica(self, module: nn.Module, expected: nn.Module) -> None:
         if module is not expected and getattr(module, "_is_replica", False):

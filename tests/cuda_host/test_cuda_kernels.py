@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import camkernels as ck
-from camkernels import backends
+from camkernels import backends, doctor
 from camkernels.ops import _cuda_launch, _gpu
 
 reason = backends.unavailable_reason("cuda")
@@ -136,6 +136,10 @@ def test_ops_without_cuda_kernels_say_so() -> None:
         pytest.raises(ck.BackendUnavailableError, match=r"no kernel lp_norm_fwd.*'triton'"),
     ):
         ck.lp_norm(maps)
+
+
+def test_the_doctor_runs_them() -> None:
+    assert doctor.check_backend("cuda") == (True, f"CUDA C++ for {module().archs}")
 
 
 def test_float64_and_other_devices_are_refused() -> None:

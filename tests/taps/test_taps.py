@@ -232,6 +232,28 @@ def test_structured_output_under_no_grad() -> None:
             torch.testing.assert_close(cam(out["logits"], targets), expected)
 
 
+@pytest.mark.parametrize("layers", [("body", "body"), ("body", "body.0"), ("body.0", "body")])
+def test_two_taps_on_a_forward_without_gradients(layers: tuple[str, str]) -> None:
+    """The tap reached first makes the graph, and detaches what the other one is asked of."""
+    model = SmallNet("tanh").double()  # no closed form: autograd must do it
+    images, targets = batch()
+    expected = []
+    for layer in layers:
+        with ck.GradCAM(model, layer) as cam:
+            expected.append(cam(model(images), targets).detach())
+    with ck.GradCAM(model, layers[0]) as one, ck.GradCAM(model, layers[1]) as other:
+        with torch.no_grad():
+            logits = model(images)
+            assert not logits.requires_grad
+            found = one(logits, targets), other(logits, targets)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        kept = weakref.ref(one._tap.connected(logits))
+    del logits, found, ours, one, other
+    gc.collect()
+    assert kept() is None  # nothing outlives the taps and the user's tensors
+
+
 def test_activations_are_let_go() -> None:
     model = SmallNet().double()
     images, targets = batch()
