@@ -234,8 +234,8 @@ class InputTap:
             self.calls, forward.counted = self.calls + 1, True
         graph, training = logits, forward.mode == _TAPPED
         if forward.mode == _MEASURED:  # one look: an idle criterion holds no graph
-            graph = next((g for held, g in forward.outputs if held() is logits), None)
-            graph = detached.graph_of(logits) if graph is None else graph
+            own = (g for held, g in forward.outputs if held() is logits)
+            graph = next(own, detached.graph_of(logits))
             forward.outputs, forward.mode = [], _BARE
         elif forward.mode == _SKIPPED or (
             not logits.requires_grad and (forward.mode == _BARE or not grad)
