@@ -4,7 +4,14 @@ from camkernels import nn
 from camkernels.backends import BackendUnavailableError, backend, current_backend
 from camkernels.consistency import lp_norm, min_max_normalize, ssim, warp, warped_ssim
 from camkernels.engine import BudgetError, EngineError, PlanReport, input_gradients, plan_report
-from camkernels.explain import GradCAM, consistency_scores
+from camkernels.explain import (
+    GradCAM,
+    GuidedBackprop,
+    GuidedGradCAM,
+    InputGradient,
+    SmoothGrad,
+    consistency_scores,
+)
 from camkernels.functional import (
     MapStatistics,
     cam_area,
@@ -32,10 +39,14 @@ __all__ = [
     "CAMEntropyLoss",
     "EngineError",
     "GradCAM",
+    "GuidedBackprop",
+    "GuidedGradCAM",
+    "InputGradient",
     "InterpretableGradientLoss",
     "MapStatistics",
     "PlanReport",
     "RandomResizedCropFlip",
+    "SmoothGrad",
     "TapError",
     "backend",
     "cam_area",

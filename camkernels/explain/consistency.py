@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from camkernels import consistency as C
+from camkernels.explain._run import evaluating
 from camkernels.explain.grad_cam import GradCAM
 from camkernels.taps.modules import LayerLike
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def consistency_scores(
@@ -68,7 +55,7 @@ def consistency_scores(
         raise ValueError(f"normalize: expected 'minmax' or 'none', got {normalize!r}")
     source = (images.shape[2], images.shape[3])
     size = source if size is None else size
-    with _evaluating(model), torch.no_grad(), GradCAM(model, layer, relu=relu) as cam:
+    with evaluating(model), torch.no_grad(), GradCAM(model, layer, relu=relu) as cam:
         views = C.warp(images, boxes, flips, size)
         logits = model(images)
         classes = logits.argmax(1) if targets is None else targets

@@ -1,0 +1,53 @@
+"""The forward of any model with ReLUs that can be guided, its modules untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from camkernels.nn import functional as ck_functional
+from camkernels.nn import modules as ck_modules
+
+_PLAIN = (torch.relu, Tensor.relu)
+_IN_PLACE = (torch.relu_, Tensor.relu_)
+
+
+class GuidedReLUs(TorchFunctionMode):
+    """Inside the block every ReLU that Python calls, module or function, is camkernels' own: the
+    same values, and a backward that is plain, or guided in ``ck.guided()``.
+
+    ReLUs inside TorchScript and compiled regions are not seen. ``count`` says how many were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.relu or func in _PLAIN or func in _IN_PLACE:
+            inplace = func in _IN_PLACE
+            if func is F.relu:
+                inplace = bool(kwargs.get("inplace", args[1] if len(args) > 1 else False))
+            x = args[0] if args else kwargs["input"]
+            self.count += 1
+            with torch._C.DisableTorchFunction():
+                return ck_functional.relu(x, inplace)
+        return func(*args, **kwargs)
+
+
+def has_guidable(model: nn.Module) -> bool:
+    """Whether ReLUs of camkernels are in the model already (``ck.swap_in``)."""
+    return any(
+        isinstance(m, (ck_modules.ReLU, ck_modules.BatchNormReLU2d)) for m in model.modules()
+    )
