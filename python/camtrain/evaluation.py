@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import camkernels as ck
+from camkernels.metrics.curves import class_score, insertion_auc
 from camtrain import figures, files
 from camtrain.config import FitConfig
 from camtrain.data.module import CamtrainData, collate
 from camtrain.data.pictures import random_crop
 from camtrain.data.sampling import generator
-from camtrain.insertion import class_score, insertion_auc
 from camtrain.models import load_weights, read_weights
 from camtrain.training import ssim_options
 

@@ -7,43 +7,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from camkernels import MapStatistics
+from camkernels.metrics.regions import localisation
 
 STATISTICS = ("entropy", "area", "dispersion")
-
-
-def localisation(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Whether each map's maximum lies inside its box, and the share of its energy there.
-
-    Maps are upsampled bilinearly to the picture, then with M the upsampled map::
-
-        pointing = [argmax M in box],    energy = sum of M over the box / sum of M
-
-    Args:
-        maps: (B, h, w), not negative.
-        boxes: (B, 4) top, left, height, width in pixels of the picture.
-        size: height and width of the picture.
-
-    Returns:
-        pointing (B,) bool, energy (B,) float; False and 0 for a dead map.
-    """
-    large = F.interpolate(maps[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
-    top, left, height, width = (edge[:, None] for edge in boxes.to(large).unbind(1))
-    rows = torch.arange(size[0], device=large.device)[None] + 0.5  # centres of the pixels
-    columns = torch.arange(size[1], device=large.device)[None] + 0.5
-    inside_rows = (rows > top) & (rows < top + height)
-    inside_columns = (columns > left) & (columns < left + width)
-    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
-    total = large.sum((1, 2))
-    live = total > 0
-    energy = (large * inside).sum((1, 2)) / torch.where(live, total, 1.0)
-    peak = large.flatten(1).argmax(1, keepdim=True)
-    pointing = inside.flatten(1).gather(1, peak)[:, 0] & live
-    return pointing, energy
 
 
 class MapMeasures(Metric):

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from camtrain.measures import EpochMeasures, MapMeasures, localisation
+from camtrain.measures import EpochMeasures, MapMeasures
 
 import camkernels as ck
+from camkernels.metrics import localisation
 
 
 def test_pointing_and_energy_of_hand_made_maps() -> None:

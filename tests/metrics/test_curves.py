@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from camtrain.insertion import blurred, class_score, insertion_auc, insertion_curve, ranks
 from torch import Tensor, nn
+
+from camkernels.metrics.curves import blurred, class_score, insertion_auc, insertion_curve, ranks
 
 
 def descending(size: int) -> Tensor:
