@@ -2,14 +2,20 @@
 
 from camkernels import nn
 from camkernels.backends import BackendUnavailableError, backend, current_backend
+from camkernels.cam_methods import cam_pixels, cam_weights
 from camkernels.consistency import lp_norm, min_max_normalize, ssim, warp, warped_ssim
 from camkernels.engine import BudgetError, EngineError, PlanReport, input_gradients, plan_report
 from camkernels.explain import (
+    CAM,
     GradCAM,
+    GradCAMPlusPlus,
     GuidedBackprop,
     GuidedGradCAM,
+    HiResCAM,
     InputGradient,
+    LayerCAM,
     SmoothGrad,
+    XGradCAM,
     consistency_scores,
 )
 from camkernels.functional import (
@@ -33,26 +39,33 @@ from camkernels.taps.views import RandomResizedCropFlip
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAM",
     "BackendUnavailableError",
     "BudgetError",
     "CAMConsistencyLoss",
     "CAMEntropyLoss",
     "EngineError",
     "GradCAM",
+    "GradCAMPlusPlus",
     "GuidedBackprop",
     "GuidedGradCAM",
+    "HiResCAM",
     "InputGradient",
     "InterpretableGradientLoss",
+    "LayerCAM",
     "MapStatistics",
     "PlanReport",
     "RandomResizedCropFlip",
     "SmoothGrad",
     "TapError",
+    "XGradCAM",
     "backend",
     "cam_area",
     "cam_dispersion",
     "cam_entropy",
+    "cam_pixels",
     "cam_statistics",
+    "cam_weights",
     "class_activation_map",
     "consistency_scores",
     "current_backend",

@@ -28,6 +28,7 @@ void define_ssim(py::module_&);
 void define_warped_ssim(py::module_&);
 void define_min_max(py::module_&);
 void define_lp_norm(py::module_&);
+void define_cam_methods(py::module_&);
 
 namespace {
 
@@ -127,4 +128,5 @@ PYBIND11_MODULE(_cpu, module) {
   define_warped_ssim(module);
   define_min_max(module);
   define_lp_norm(module);
+  define_cam_methods(module);
 }

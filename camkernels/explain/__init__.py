@@ -8,12 +8,18 @@ from camkernels.explain.input_gradient import (
     InputGradient,
     SmoothGrad,
 )
+from camkernels.explain.methods import CAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 
 __all__ = [
+    "CAM",
     "GradCAM",
+    "GradCAMPlusPlus",
     "GuidedBackprop",
     "GuidedGradCAM",
+    "HiResCAM",
     "InputGradient",
+    "LayerCAM",
     "SmoothGrad",
+    "XGradCAM",
     "consistency_scores",
 ]

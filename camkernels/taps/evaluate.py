@@ -17,6 +17,8 @@ from camkernels.taps.tap import Tap, TapError
 # Where reading the self-check would stall a GPU it is read at every so-manieth call only.
 GUARD_EVERY = 64
 ReshapeTransform = Callable[[Tensor], Tensor]
+# Maps (B, h, w) of activations and gradients (B, K, h, w), which have one dtype.
+Maps = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Evaluator:
         self.tap = tap
         self.relu = relu
         self.reshape_transform = reshape_transform
+        self.maps: Maps | None = None
+        """Another method than Grad-CAM."""
         self._held = False
         self._calls = 0
         self._deviation: Tensor | None = None
@@ -102,7 +106,17 @@ class Evaluator:
         )
         if not self._guard(head, jacobian, total, activations, logits, classes):
             return None
+        if self.maps is not None:
+            slopes = weights.to(activations.dtype)[:, :, None, None].expand_as(activations)
+            return self._by_method(activations, slopes, 1.0)
         return Evaluation(statistics, maps)
+
+    def _by_method(self, activations: Tensor, gradients: Tensor, scale: float) -> Evaluation:
+        assert self.maps is not None
+        if scale != 1.0:  # float16; unlike Grad-CAM other methods are not linear in the gradients
+            activations, gradients = activations.float(), gradients.float() / scale
+        maps = self.maps(activations, gradients)
+        return Evaluation(F.map_statistics(maps), maps)
 
     @torch.no_grad()
     def _guard(
@@ -168,7 +182,13 @@ class Evaluator:
         for values, gradient, scale in zip(spatial, gradients, scales, strict=True):
             if self.reshape_transform is not None:
                 gradient = self.reshape_transform(gradient)
-            statistics, maps = F.cam_statistics(values, gradient, relu=self.relu, return_maps=True)
+            if self.maps is not None:
+                found = self._by_method(values, gradient, scale)
+                statistics, maps, scale = found.statistics, found.maps, 1.0
+            else:
+                statistics, maps = F.cam_statistics(
+                    values, gradient, relu=self.relu, return_maps=True
+                )
             if not torch.is_grad_enabled():  # under no_grad the tapped layer is a leaf of ours
                 statistics = F.MapStatistics(*(s.detach() for s in statistics))
                 maps = maps.detach()

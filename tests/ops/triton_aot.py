@@ -56,6 +56,7 @@ class AbsentGPU:
 class Case(NamedTuple):
     """One call of an op; ``wanted`` says which cotangents its backward makes.
 
+    Of cam_weights: ``pooled`` with eps; of cam_pixels: LayerCAM with a ReLU, or HiResCAM without.
     Of batch_norm_relu, relu and max_pool, all kernels: ``pooled`` with residual, mask and all that
     is optional, or with none of it (max_pool: two windows). Of warp: ``pooled`` where boxes are
     counted in pixels of another size than the source's. Of ssim and warped_ssim: ``pooled`` for
@@ -123,6 +124,12 @@ SIMILARITY = (
     ("lp_norm", (8, 64, 64), "float32", "nchw", True),
 )
 
+METHODS = (
+    ((64, 512, 14, 14), "float32", "nchw", True),
+    ((64, 512, 14, 14), "bfloat16", "channels_last", True),
+    ((20, 2048, 7, 7), "float32", "sliced", False),
+)
+
 # One of each op, and what once spilled: kernels with dot products take many seconds to compile.
 FEW_SIMILARITY = (0, 3, 5, 6, 12, 13, 14, 16)
 
@@ -140,6 +147,8 @@ def cases(group: str) -> Iterator[Case]:
             yield Case("max_pool", *case)
         for op, *rest in (SIMILARITY[i] for i in FEW_SIMILARITY):
             yield Case(op, *rest)  # type: ignore[arg-type]
+        for op, case in itertools.product(("cam_weights", "cam_pixels"), METHODS):
+            yield Case(op, *case)
         return
     shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
     layouts = ("nchw", "channels_last", "sliced")
@@ -160,6 +169,11 @@ def cases(group: str) -> Iterator[Case]:
         shapes, DTYPES, ("nchw", "channels_last"), (True, False)
     ):
         yield Case("max_pool", shape, dtype, layout, pooled)
+    shapes = ((64, 512, 14, 14), (20, 2048, 7, 7), (8, 3, 224, 224), (2, 1, 1, 1))
+    for op, shape, dtype, layout, pooled in itertools.product(
+        ("cam_weights", "cam_pixels"), shapes, DTYPES, layouts, (True, False)
+    ):
+        yield Case(op, shape, dtype, layout, pooled)
     for (op, shape, *_), dtype, layout, pooled in itertools.product(
         SIMILARITY, DTYPES, ("nchw", "channels_last", "sliced"), (True, False)
     ):
@@ -175,6 +189,23 @@ def make(shape: tuple[int, ...], dtype: str, layout: str) -> Tensor:
     if layout == "channels_last":
         return torch.empty(shape, dtype=DTYPES[dtype], memory_format=torch.channels_last)
     return torch.empty(shape, dtype=DTYPES[dtype])
+
+
+def call_cam_weights(case: Case, backend: Any) -> None:
+    a, g = (make(case.shape, case.dtype, case.layout) for _ in "ag")
+    weights = torch.empty(case.shape[:2])
+    for method in ("gradcam++", "xgradcam"):
+        backend.cam_weights_fwd(a, g, method, 1e-6 if case.pooled else 0.0)
+        for wanted in ((True, True), (True, False), (False, True)):
+            backend.cam_weights_bwd(weights, a, g, method, 1e-6 if case.pooled else 0.0, *wanted)
+
+
+def call_cam_pixels(case: Case, backend: Any) -> None:
+    a, g = (make(case.shape, case.dtype, case.layout) for _ in "ag")
+    maps = torch.empty((case.shape[0], *case.shape[2:]))
+    backend.cam_pixels_fwd(a, g, case.pooled, case.pooled)
+    for wanted in ((True, True), (True, False), (False, True)):
+        backend.cam_pixels_bwd(maps, a, g, maps if case.pooled else None, case.pooled, *wanted)
 
 
 def call_relu(case: Case, backend: Any) -> None:
@@ -277,6 +308,8 @@ def call(case: Case) -> None:
         "warped_ssim": call_warped_ssim,
         "min_max": call_min_max,
         "lp_norm": call_lp_norm,
+        "cam_weights": call_cam_weights,
+        "cam_pixels": call_cam_pixels,
     }
     if case.op in own:
         own[case.op](case, backend)
