@@ -6,38 +6,84 @@ import copy
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from explain import real
 from torch import Tensor, nn
 
 import camkernels as ck
 from camkernels import metrics
 
-torchvision = pytest.importorskip("torchvision")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("torchvision")
+pytest.importorskip("PIL")
 NAMES = ("both.png", "elephant.jpg", "zebra.jpg")
 
 
 @pytest.fixture(scope="module")
 def squeezenet(shared_data: Path) -> nn.Module:
-    model = torchvision.models.squeezenet1_0()
-    file = shared_data / "weights_squeezenet1_0_imagenet" / "squeezenet1_0_dc_fp16.pth"
-    state = torch.load(file, weights_only=True)
-    model.load_state_dict({name: value.float() for name, value in state.items()})
-    return model.eval()
+    return real.squeezenet(shared_data)
 
 
 @pytest.fixture(scope="module")
 def pictures(shared_data: Path) -> Tensor:
-    found = []
-    for name in NAMES:
-        picture = Image.open(shared_data / "demo_images" / name).convert("RGB").resize((224, 224))
-        found.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255)
-    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in
-                       ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # fmt: skip
-    return (torch.stack(found) - mean) / deviation
+    return real.pictures([shared_data / "demo_images" / name for name in NAMES], 224)
+
+
+@pytest.fixture(scope="module")
+def resnet20(shared_data: Path) -> nn.Module:
+    return real.resnet20(shared_data)
+
+
+@pytest.fixture(scope="module")
+def small_pictures(shared_data: Path) -> tuple[Tensor, Tensor]:
+    """CIFAR test pictures, four of each class, and their classes."""
+    files, classes = [], []
+    for index, folder in enumerate(sorted((shared_data / "cifar10_subset" / "test").iterdir())):
+        chosen = sorted(folder.iterdir())[:4]
+        files += chosen
+        classes += [index] * len(chosen)
+    return real.pictures(files, None), torch.tensor(classes)
+
+
+def test_the_small_network_is_the_trained_one(
+    resnet20: nn.Module, small_pictures: tuple[Tensor, Tensor]
+) -> None:
+    images, classes = small_pictures
+    assert float((resnet20(images).argmax(1) == classes).float().mean()) >= 0.7
+
+
+METHODS = ("GradCAM", "GradCAMPlusPlus", "XGradCAM", "LayerCAM", "HiResCAM")
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("network", ["squeezenet", "resnet20"])
+def test_maps_are_those_of_pytorch_grad_cam(
+    name: str, network: str, request: pytest.FixtureRequest
+) -> None:
+    """Enlarged and scaled to [0, 1] by their extremes, as that library returns them."""
+    peer = pytest.importorskip("pytorch_grad_cam")
+    targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
+    model: nn.Module = request.getfixturevalue(network)
+    if network == "squeezenet":
+        images, layer = request.getfixturevalue("pictures"), "features.12"
+    else:
+        images, layer = request.getfixturevalue("small_pictures")[0], "layer3"
+    classes = model(images).argmax(1)
+    twin = copy.deepcopy(model)
+    theirs = getattr(peer, name)(twin, [twin.get_submodule(layer)])
+    with theirs:
+        chosen = [targets.ClassifierOutputTarget(int(c)) for c in classes]
+        expected = torch.from_numpy(theirs(input_tensor=images.clone(), targets=chosen))
+    options = {"eps": 1e-6} if name == "GradCAMPlusPlus" else {}
+    with torch.no_grad(), getattr(ck, name)(model, layer, **options) as cam:
+        maps = cam(model(images), classes)
+    size = (images.shape[2], images.shape[3])
+    large = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    found = ck.min_max_normalize(large)
+    live = maps.amax((1, 2)) > 0
+    assert int(live.sum()) >= len(images) - 2
+    assert float((found - expected)[live].abs().max()) <= 1e-3
 
 
 def test_gradients_are_those_of_captum(squeezenet: nn.Module, pictures: Tensor) -> None:
