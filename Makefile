@@ -22,8 +22,7 @@ $(STAMP): $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
 	touch $@
 
 # torchvision and timm give the tests real networks, grad-cam maps to compare with; without their
-# dependencies, which would
-# replace a CPU build of torch.
+# dependencies, which would replace a CPU build of torch.
 $(VENV)/.tests: $(STAMP)
 	$(PY) -m pip install -qq --editable ".[train,dev,triton]"
 	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm grad-cam==1.5.7 ttach opencv-python-headless

@@ -16,6 +16,7 @@ from benchmarks.members import (
     step_cam_entropy,
     step_consistency,
     step_engine,
+    step_explainers,
     step_interpretable,
 )
 
@@ -37,6 +38,7 @@ MEMBERS: dict[str, Benchmark] = {
         step_interpretable.BFLOAT16,
         step_engine.BENCHMARK,
         step_engine.BFLOAT16,
+        step_explainers.BENCHMARK,
     )
 }
 

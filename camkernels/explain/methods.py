@@ -13,69 +13,62 @@ from camkernels.taps.evaluate import ReshapeTransform
 from camkernels.taps.modules import LayerLike
 
 
-class GradCAMPlusPlus(GradCAM):
+class _Weighted(GradCAM):
+    _method: str
+    _default_eps: float
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: LayerLike | Sequence[LayerLike],
+        *,
+        eps: float | None = None,
+        relu: bool = True,
+        reshape_transform: ReshapeTransform | None = None,
+        head: str = "auto",
+    ) -> None:
+        added = self._default_eps if eps is None else eps
+        if not added >= 0:
+            raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+        super().__init__(model, layer, relu=relu, reshape_transform=reshape_transform, head=head)
+        method = self._method
+
+        def maps(activations: Tensor, gradients: Tensor) -> Tensor:
+            weights = M.cam_weights(activations, gradients, method, eps=added)
+            return F.class_activation_map(activations, weights, relu=relu)
+
+        self._evaluate.maps = maps
+
+
+class GradCAMPlusPlus(_Weighted):
     """Grad-CAM++: as :class:`GradCAM`, with channel weights that count positive gradients alone.
 
     w_k = sum over G > 0 of G / (2 + S_k G + eps / G^2), S_k = sum_ij A_kij.
 
     Args:
         model, layer, relu, reshape_transform, head: as for :class:`GradCAM`.
-        eps: added to the denominator 2 G^2 + S_k G^3. 0 is the paper's formula; 1e-6 is what
-            pytorch-grad-cam adds, which is not small beside typical gradients.
+        eps: added to the denominator 2 G^2 + S_k G^3. 0, the default, is the paper's formula; 1e-6
+            is what pytorch-grad-cam adds, which is not small beside typical gradients.
 
     Source: Chattopadhay et al., Grad-CAM++, eqs. 5 and 19.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: LayerLike | Sequence[LayerLike],
-        *,
-        eps: float = 0.0,
-        relu: bool = True,
-        reshape_transform: ReshapeTransform | None = None,
-        head: str = "auto",
-    ) -> None:
-        super().__init__(model, layer, relu=relu, reshape_transform=reshape_transform, head=head)
-        _check_eps(eps)
-
-        def maps(activations: Tensor, gradients: Tensor) -> Tensor:
-            weights = M.cam_weights(activations, gradients, "gradcam++", eps=eps)
-            return F.class_activation_map(activations, weights, relu=relu)
-
-        self._evaluate.maps = maps
+    _method, _default_eps = "gradcam++", 0.0
 
 
-class XGradCAM(GradCAM):
+class XGradCAM(_Weighted):
     """XGrad-CAM: as :class:`GradCAM`, with gradients weighted by the activations' shares.
 
     w_k = sum_ij A_kij G_kij / (sum_ij A_kij + eps).
 
     Args:
         model, layer, relu, reshape_transform, head: as for :class:`GradCAM`.
-        eps: as pytorch-grad-cam adds it.
+        eps: 1e-7 by default, as pytorch-grad-cam adds it.
 
     Source: Fu et al., Axiom-based Grad-CAM, eq. 7.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: LayerLike | Sequence[LayerLike],
-        *,
-        eps: float = 1e-7,
-        relu: bool = True,
-        reshape_transform: ReshapeTransform | None = None,
-        head: str = "auto",
-    ) -> None:
-        super().__init__(model, layer, relu=relu, reshape_transform=reshape_transform, head=head)
-        _check_eps(eps)
-
-        def maps(activations: Tensor, gradients: Tensor) -> Tensor:
-            weights = M.cam_weights(activations, gradients, "xgradcam", eps=eps)
-            return F.class_activation_map(activations, weights, relu=relu)
-
-        self._evaluate.maps = maps
+    _method, _default_eps = "xgradcam", 1e-7
 
 
 class _Elementwise(GradCAM):
@@ -128,8 +121,3 @@ class CAM(GradCAM):
 
     def __init__(self, model: nn.Module, layer: LayerLike, *, relu: bool = True) -> None:
         super().__init__(model, layer, relu=relu, head="closed_form")
-
-
-def _check_eps(eps: float) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
