@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) warped_ssim_fwd_kernel(Warp
 }
 
 // sums[i, j] += sum over the tile's pixels of P[y, i] D[y, x] Q[x, j]. A pixel of the map is added
-// to by one thread only, whichever the tile.
+// to by one thread only, whichever the tile. Ends with a barrier: taps and d may be used again.
 __device__ inline void add_tile(const Enlarged& map, int height, int width, Shared<float> d,
                                 Shared<float> part, float* sums) {
   const int row = threadIdx.x / kOut, column = threadIdx.x % kOut;
@@ -209,7 +209,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) warped_ssim_bwd_kernel(Warp
     float sums[kMeans] = {};
     const Pivot pivot = pivot_of_tile(source, top, left, args.size_y, args.size_x);
     filter_back(source, args.window, count, pivot, top, left, scale, sums);
-    __syncthreads();  // cotangents and parts have been read
     source.prepare(top, left);
     __syncthreads();
     const bool exists = top + row < args.size_y && left + column < args.size_x;
@@ -223,7 +222,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) warped_ssim_bwd_kernel(Warp
     if (to_maps) add_tile(source.map, args.map_y, args.map_x, d, part, map_sums);
     const Shared<float> other_d = {d.data + kThreads};
     if (to_others) add_tile(source.other, args.other_y, args.other_x, other_d, part, other_sums);
-    __syncthreads();  // taps have been read
   }
   if (!arrives_last(args.arrivals + b, bands, shared_array<int>(kWindowScratchAt))) return;
   const bool valid = source.box.valid;
