@@ -20,7 +20,7 @@ from camkernels.explain._run import (
     scores,
 )
 from camkernels.explain.grad_cam import GradCAM
-from camkernels.explain.guided_relu import GuidedReLUs, has_guidable
+from camkernels.nn._guided import GuidedReLUs, has_guidable
 from camkernels.taps.evaluate import ReshapeTransform
 from camkernels.taps.modules import LayerLike, unwrap
 

@@ -118,6 +118,40 @@ def test_networks_against_captum(name: str) -> None:
     torch.testing.assert_close(swapped, found, rtol=1e-3, atol=1e-5 * float(found.abs().max()))
 
 
+class FunctionsOnly(nn.Module):
+    """No ReLU module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(torch.relu(self.conv1(x))))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("make", [net, FunctionsOnly])
+@pytest.mark.parametrize(
+    "swap", [{}, {"engine": True, "memory": "fast"}, {"engine": True, "memory": "lean"}]
+)
+def test_swapped_networks(make: Any, swap: dict[str, Any]) -> None:
+    """The swapped forward is traced when the explainer calls it first, and is one for training."""
+    model, x = make().float(), images().float()
+    expected = ck.GuidedBackprop(copy.deepcopy(model))(x, TARGETS)
+    assert not torch.allclose(expected, ck.InputGradient(model)(x, TARGETS))
+    swapped = ck.swap_in(copy.deepcopy(model), **swap)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            torch.testing.assert_close(ck.GuidedBackprop(swapped)(x, TARGETS), expected)
+    torch.testing.assert_close(swapped.eval()(x), model.eval()(x))
+    torch.testing.assert_close(
+        ck.InputGradient(swapped)(x, TARGETS), ck.InputGradient(model)(x, TARGETS)
+    )
+
+
 def test_guided_grad_cam_is_the_product() -> None:
     model, x = net(), images()
     found = ck.GuidedGradCAM(model, "conv2")(x, TARGETS)
