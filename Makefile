@@ -28,8 +28,9 @@ $(VENV)/.tests: $(STAMP)
 	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm grad-cam==1.5.7 ttach opencv-python-headless
 	touch $@
 
+# The tests' torchvision, if `make test` put it here, imports beside a CPU torch with their help only.
 demo: $(STAMP)
-	$(BIN)/camtrain demo
+	PYTHONPATH=$(if $(wildcard $(VENV)/.tests),tests/_sitecustomize) $(BIN)/camtrain demo
 
 doctor: $(STAMP)
 	$(PY) -m camkernels.doctor

@@ -48,57 +48,44 @@ int chosen_level() {
   return level;
 }
 
-template <class... Cam>
-void run_cam_fwd(Cam... cam) {
-  CAMKERNELS_RUN(cam_fwd, cam_forward(cam...));
-}
-
-template <class... Cam>
-void run_cam_bwd(Cam... cam) {
-  CAMKERNELS_RUN(cam_bwd, cam_backward(cam...));
-}
-
-template <class... Statistics>
-void run_map_statistics_fwd(Statistics... statistics) {
-  CAMKERNELS_RUN(map_statistics_fwd, statistics_forward(statistics...));
-}
-
-template <class... Statistics>
-void run_map_statistics_bwd(Statistics... statistics) {
-  CAMKERNELS_RUN(map_statistics_bwd, statistics_backward(statistics...));
-}
-
-template <class... Cam>
-void run_cam_statistics_fwd(Pointer total, const Pointers& statistics, Cam... cam) {
-  CamStatisticsForward args{cam_forward(cam...), at(total), {}};
-  copy_pointers(statistics, args.statistics);
-  CAMKERNELS_RUN(cam_statistics_fwd, args);
-}
-
-template <class... Cam>
-void run_cam_statistics_bwd(bool relu, const Pointers& statistics, const Pointers& grads,
-                            Cam... cam) {
-  CamStatisticsBackward args{cam_backward(cam...), relu, {}, {}};
-  copy_pointers(statistics, args.statistics);
-  copy_pointers(grads, args.grads);
-  CAMKERNELS_RUN(cam_statistics_bwd, args);
-}
-
-// Deduces the arguments for the templates above.
-template <class Arguments, class... Given>
-void define_by(py::module_& module, Arguments (*)(Given...)) {
-  if constexpr (std::is_same_v<Arguments, CamForward>) {
-    module.def("cam_fwd", &run_cam_fwd<Given...>, Release());
-    module.def("cam_statistics_fwd", &run_cam_statistics_fwd<Given...>, Release());
-  } else if constexpr (std::is_same_v<Arguments, CamBackward>) {
-    module.def("cam_bwd", &run_cam_bwd<Given...>, Release());
-    module.def("cam_statistics_bwd", &run_cam_statistics_bwd<Given...>, Release());
-  } else if constexpr (std::is_same_v<Arguments, StatisticsForward>) {
-    module.def("map_statistics_fwd", &run_map_statistics_fwd<Given...>, Release());
-  } else {
-    module.def("map_statistics_bwd", &run_map_statistics_bwd<Given...>, Release());
+// What cam_arguments.h binds.
+struct Runs {
+  template <class... Cam>
+  static void cam_fwd(Cam... cam) {
+    CAMKERNELS_RUN(cam_fwd, cam_forward(cam...));
   }
-}
+
+  template <class... Cam>
+  static void cam_bwd(Cam... cam) {
+    CAMKERNELS_RUN(cam_bwd, cam_backward(cam...));
+  }
+
+  template <class... Statistics>
+  static void map_statistics_fwd(Statistics... statistics) {
+    CAMKERNELS_RUN(map_statistics_fwd, statistics_forward(statistics...));
+  }
+
+  template <class... Statistics>
+  static void map_statistics_bwd(Statistics... statistics) {
+    CAMKERNELS_RUN(map_statistics_bwd, statistics_backward(statistics...));
+  }
+
+  template <class... Cam>
+  static void cam_statistics_fwd(Pointer total, const Pointers& statistics, Cam... cam) {
+    CamStatisticsForward args{cam_forward(cam...), at(total), {}};
+    copy_pointers(statistics, args.statistics);
+    CAMKERNELS_RUN(cam_statistics_fwd, args);
+  }
+
+  template <class... Cam>
+  static void cam_statistics_bwd(bool relu, const Pointers& statistics, const Pointers& grads,
+                                 Cam... cam) {
+    CamStatisticsBackward args{cam_backward(cam...), relu, {}, {}};
+    copy_pointers(statistics, args.statistics);
+    copy_pointers(grads, args.grads);
+    CAMKERNELS_RUN(cam_statistics_bwd, args);
+  }
+};
 
 }  // namespace
 }  // namespace camkernels
@@ -115,10 +102,7 @@ PYBIND11_MODULE(_cpu, module) {
     return false;
 #endif
   });
-  define_by(module, &cam_forward);
-  define_by(module, &cam_backward);
-  define_by(module, &statistics_forward);
-  define_by(module, &statistics_backward);
+  define_cam<Runs>(module);
   define_relu(module);
   define_gradient_error(module);
   define_batch_norm_relu(module);

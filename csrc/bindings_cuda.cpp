@@ -25,45 +25,48 @@ int run_relu_bwd(Pointer stream, Pointer grad, Pointer mask, Pointer output, Poi
   return cuda::relu_bwd(args, at(stream));
 }
 
-template <class... Cam>
-int run_cam_fwd(Pointer stream, Pointer arrivals, Cam... cam) {
-  CamForward args = cam_forward(cam...);
-  args.arrivals = at<int>(arrivals);
-  return cuda::cam_fwd(args, at(stream));
-}
+// What cam_arguments.h binds.
+struct Runs {
+  template <class... Cam>
+  static int cam_fwd(Pointer stream, Pointer arrivals, Cam... cam) {
+    CamForward args = cam_forward(cam...);
+    args.arrivals = at<int>(arrivals);
+    return cuda::cam_fwd(args, at(stream));
+  }
 
-template <class... Cam>
-int run_cam_bwd(Pointer stream, Cam... cam) {
-  return cuda::cam_bwd(cam_backward(cam...), at(stream));
-}
+  template <class... Cam>
+  static int cam_bwd(Pointer stream, Cam... cam) {
+    return cuda::cam_bwd(cam_backward(cam...), at(stream));
+  }
 
-template <class... Statistics>
-int run_map_statistics_fwd(Pointer stream, Statistics... statistics) {
-  return cuda::map_statistics_fwd(statistics_forward(statistics...), at(stream));
-}
+  template <class... Statistics>
+  static int map_statistics_fwd(Pointer stream, Statistics... statistics) {
+    return cuda::map_statistics_fwd(statistics_forward(statistics...), at(stream));
+  }
 
-template <class... Statistics>
-int run_map_statistics_bwd(Pointer stream, Statistics... statistics) {
-  return cuda::map_statistics_bwd(statistics_backward(statistics...), at(stream));
-}
+  template <class... Statistics>
+  static int map_statistics_bwd(Pointer stream, Statistics... statistics) {
+    return cuda::map_statistics_bwd(statistics_backward(statistics...), at(stream));
+  }
 
-template <class... Cam>
-int run_cam_statistics_fwd(Pointer stream, Pointer arrivals, Pointer total,
-                           const Pointers& statistics, Cam... cam) {
-  CamStatisticsForward args{cam_forward(cam...), at(total), {}};
-  args.cam.arrivals = at<int>(arrivals);
-  copy_pointers(statistics, args.statistics);
-  return cuda::cam_statistics_fwd(args, at(stream));
-}
+  template <class... Cam>
+  static int cam_statistics_fwd(Pointer stream, Pointer arrivals, Pointer total,
+                                const Pointers& statistics, Cam... cam) {
+    CamStatisticsForward args{cam_forward(cam...), at(total), {}};
+    args.cam.arrivals = at<int>(arrivals);
+    copy_pointers(statistics, args.statistics);
+    return cuda::cam_statistics_fwd(args, at(stream));
+  }
 
-template <class... Cam>
-int run_cam_statistics_bwd(Pointer stream, bool relu, const Pointers& statistics,
-                           const Pointers& grads, Cam... cam) {
-  CamStatisticsBackward args{cam_backward(cam...), relu, {}, {}};
-  copy_pointers(statistics, args.statistics);
-  copy_pointers(grads, args.grads);
-  return cuda::cam_statistics_bwd(args, at(stream));
-}
+  template <class... Cam>
+  static int cam_statistics_bwd(Pointer stream, bool relu, const Pointers& statistics,
+                                const Pointers& grads, Cam... cam) {
+    CamStatisticsBackward args{cam_backward(cam...), relu, {}, {}};
+    copy_pointers(statistics, args.statistics);
+    copy_pointers(grads, args.grads);
+    return cuda::cam_statistics_bwd(args, at(stream));
+  }
+};
 
 using WindowSizes = std::array<int, 4>;  // lengths and pads, down and across
 
@@ -128,22 +131,6 @@ int run_warped_ssim(Pointer stream, int64_t batch, const std::array<int, 8>& siz
   return kKernel(args, at(stream));
 }
 
-// Deduces the arguments for the templates above.
-template <class Arguments, class... Given>
-void define_by(py::module_& module, Arguments (*)(Given...)) {
-  if constexpr (std::is_same_v<Arguments, CamForward>) {
-    module.def("cam_fwd", &run_cam_fwd<Given...>, Release());
-    module.def("cam_statistics_fwd", &run_cam_statistics_fwd<Given...>, Release());
-  } else if constexpr (std::is_same_v<Arguments, CamBackward>) {
-    module.def("cam_bwd", &run_cam_bwd<Given...>, Release());
-    module.def("cam_statistics_bwd", &run_cam_statistics_bwd<Given...>, Release());
-  } else if constexpr (std::is_same_v<Arguments, StatisticsForward>) {
-    module.def("map_statistics_fwd", &run_map_statistics_fwd<Given...>, Release());
-  } else {
-    module.def("map_statistics_bwd", &run_map_statistics_bwd<Given...>, Release());
-  }
-}
-
 }  // namespace
 }  // namespace camkernels
 
@@ -170,10 +157,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("ssim_bwd", &run_ssim_bwd, Release());
   module.def("warped_ssim_fwd", &run_warped_ssim<cuda::warped_ssim_fwd>, Release());
   module.def("warped_ssim_bwd", &run_warped_ssim<cuda::warped_ssim_bwd>, Release());
-  define_by(module, &cam_forward);
-  define_by(module, &cam_backward);
-  define_by(module, &statistics_forward);
-  define_by(module, &statistics_backward);
+  define_cam<Runs>(module);
 #if defined(CAMKERNELS_HOST)
   void define_host(py::module_&);
   define_host(module);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels import consistency as C
-from camkernels.explain._run import evaluating
+from camkernels.explain._run import check_images, evaluating
 from camkernels.explain.grad_cam import GradCAM
 from camkernels.taps.modules import LayerLike
 
@@ -49,8 +49,7 @@ def consistency_scores(
 
     Source: Staying Consistent with GradCAM, section 3.2.2.
     """
-    if images.dim() != 4:
-        raise ValueError(f"images: expected (B, C, H, W), got {tuple(images.shape)}")
+    check_images(images)
     if normalize not in ("minmax", "none"):
         raise ValueError(f"normalize: expected 'minmax' or 'none', got {normalize!r}")
     source = (images.shape[2], images.shape[3])

@@ -190,7 +190,14 @@ class SmoothGrad:
             raise ValueError(f"samples: expected a positive number, got {samples}")
         if not noise >= 0:
             raise ValueError(f"noise: expected a share of the range, at least 0, got {noise}")
-        self.explainer = InputGradient(explainer) if isinstance(explainer, nn.Module) else explainer
+        if isinstance(explainer, nn.Module):
+            explainer = InputGradient(explainer)
+        if not isinstance(explainer, InputGradient):
+            raise TypeError(
+                "explainer: expected InputGradient, GuidedBackprop or a model, got "
+                f"{type(explainer).__name__}"
+            )
+        self.explainer = explainer
         self.samples, self.noise, self.seed = samples, noise, seed
 
     def __call__(self, images: Tensor, targets: Targets = None) -> Tensor:

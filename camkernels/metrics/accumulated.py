@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -90,8 +91,9 @@ class _OfModel(_Means):
 
             self._measure(score, images, maps)
 
+    @abstractmethod
     def _measure(self, score: curves.Score, images: Tensor, maps: Tensor) -> None:
-        raise NotImplementedError
+        """Add what this metric takes of a batch."""
 
 
 class ConfidenceChange(_OfModel):

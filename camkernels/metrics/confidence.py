@@ -20,6 +20,12 @@ def masked(images: Tensor, maps: Tensor, background: Tensor | float = 0.0) -> Te
         maps: (B, h, w).
         background: a number, or (C,) per channel. 0 multiplies the normalised picture; minus mean
             by standard deviation, what black is there, multiplies the picture before that.
+
+    Returns:
+        (B, C, H, W) in the dtype of the images.
+
+    Raises:
+        ValueError: maps of another number or shape, a background of another number of channels.
     """
     if len(maps) != len(images):
         raise ValueError(f"maps: expected one per image, {len(images)}, got {tuple(maps.shape)}")
@@ -79,6 +85,17 @@ def removal_change(
     """Score without the ``share`` of pixels that the map ranks highest, less that with them, (B,).
 
     Pixels below the percentile stay, the others become ``background``: the less, the better.
+
+    Args:
+        score: pictures (N, C, H, W) and whose they are (N,) -> scores (N,), as
+            :func:`camkernels.metrics.class_score` makes it.
+        images: (B, C, H, W), as the model takes them.
+        maps: (B, h, w).
+        share: in (0, 1), of the pixels.
+        background: a number, or (C,) per channel.
+
+    Raises:
+        ValueError: a share outside (0, 1), maps or a background of another shape.
 
     Source: Evaluating CAM, Grad-CAM and Grad-CAM++, Method 1 (top 25 %).
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from camkernels.explain._run import Logits, logits_of
+from camkernels.metrics.regions import enlarged
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Scores (N,) of pictures (N, 3, H, W), with (N,): which picture of the batch each is made from."""
@@ -50,9 +51,8 @@ def _curve(
         raise ValueError(f"steps: expected 1 to {pixels} for {tuple(before.shape)}, got {steps}")
     if maps.dim() != 3 or len(maps) != len(before):
         raise ValueError(f"maps: expected ({len(before)}, h, w), got {tuple(maps.shape)}")
-    size = before.shape[2:]
-    large = F.interpolate(maps[:, None].float(), size, mode="bilinear", align_corners=False)
-    place = ranks(large)
+    size = (before.shape[2], before.shape[3])
+    place = ranks(enlarged(maps, size))
     counts = torch.arange(steps + 1, device=before.device) * pixels // steps
     cells = torch.arange(len(before) * (steps + 1), device=before.device)
     scores = [before.new_empty(0)]
@@ -83,7 +83,7 @@ def insertion_curve(
         shares (steps + 1,) of pixels revealed, from 0 to 1, and scores (B, steps + 1).
 
     Raises:
-        ValueError: steps below 1 or above H W; maps that do not fit.
+        ValueError: steps below 1 or above H W; maps of another shape, or not floating-point.
     """
     return _curve(score, blurred(images), images, maps, steps, batch_size)
 

@@ -83,6 +83,14 @@ def box_of_map(maps: Tensor, size: tuple[int, int], threshold: float = 0.15) -> 
     touch at an edge or a corner); the box is that of the largest, the first of equal ones. Empty
     (all 0) for a dead map.
 
+    Args:
+        maps: (B, h, w).
+        size: height and width of the picture.
+        threshold: in (0, 1].
+
+    Raises:
+        ValueError: a threshold outside (0, 1], maps of another shape or dtype.
+
     Source: Selvaraju et al., Grad-CAM, section 4.1 (15 % of the maximum, the largest segment).
     """
     if not 0 < threshold <= 1:
@@ -125,7 +133,10 @@ def _largest_segment(marked: Tensor) -> Tensor:
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union (B,) of boxes (B, 4) as top, left, height, width; 0 of empty ones."""
+    """Intersection over union (B,) of boxes (B, 4) as top, left, height, width; 0 of empty ones.
+
+    In float64. Raises ValueError for boxes of two shapes, or another.
+    """
     if boxes.shape != others.shape or boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(
             f"boxes: expected two times (B, 4), got {tuple(boxes.shape)}, {tuple(others.shape)}"

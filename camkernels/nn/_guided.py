@@ -21,9 +21,9 @@ class GuidedReLUs(TorchFunctionMode):
     """Inside the block every ReLU that Python calls, module or function, is camkernels' own: the
     same values, and a backward that is plain, or guided in ``ck.guided()``.
 
-    ReLUs inside TorchScript and compiled regions are not seen; values that a tracer hands around in
-    the place of tensors pass as they are (``swap_in`` and the engine trace a forward when it is first
-    called). ``count`` says how many were seen.
+    ReLUs inside TorchScript and compiled regions are not seen. Values that a tracer hands around in
+    the place of tensors pass as they are: swapped networks are traced when first called. ``count``
+    says how many were seen.
     """
 
     def __init__(self) -> None:

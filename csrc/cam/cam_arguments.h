@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <type_traits>
 
 #include "cam/cam.h"
 #include "common/bindings.h"
@@ -80,6 +81,31 @@ inline StatisticsBackward statistics_backward(const Shape& shape, Pointer maps, 
   copy_pointers(statistics, args.statistics);
   copy_pointers(grads, args.grads);
   return args;
+}
+
+// Binds one call; the pack is what the function above takes.
+template <class Runs, class Arguments, class... Given>
+void define_by(py::module_& module, Arguments (*)(Given...)) {
+  if constexpr (std::is_same_v<Arguments, CamForward>) {
+    module.def("cam_fwd", &Runs::template cam_fwd<Given...>, Release());
+    module.def("cam_statistics_fwd", &Runs::template cam_statistics_fwd<Given...>, Release());
+  } else if constexpr (std::is_same_v<Arguments, CamBackward>) {
+    module.def("cam_bwd", &Runs::template cam_bwd<Given...>, Release());
+    module.def("cam_statistics_bwd", &Runs::template cam_statistics_bwd<Given...>, Release());
+  } else if constexpr (std::is_same_v<Arguments, StatisticsForward>) {
+    module.def("map_statistics_fwd", &Runs::template map_statistics_fwd<Given...>, Release());
+  } else {
+    module.def("map_statistics_bwd", &Runs::template map_statistics_bwd<Given...>, Release());
+  }
+}
+
+// Binds the calls of cam and of the statistics: `Runs` has each as a static template.
+template <class Runs>
+void define_cam(py::module_& module) {
+  define_by<Runs>(module, &cam_forward);
+  define_by<Runs>(module, &cam_backward);
+  define_by<Runs>(module, &statistics_forward);
+  define_by<Runs>(module, &statistics_backward);
 }
 
 }  // namespace camkernels

@@ -133,7 +133,7 @@ __device__ inline Means window_means(Source& source, const DeviceWindow& window,
 }
 
 // S of a window, a product of two fractions, and its derivatives to the means of x and y less the
-// pivot.
+// pivot; adding that back takes weights whose sum is 1, as ops/ssim/reference.py makes them.
 struct Similarity {
   float value, to_means[kMeans];
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from captum import attr
 from torch import Tensor, nn
 
 import camkernels as ck
@@ -93,7 +94,6 @@ def test_guided_backprop_is_the_rule_of_the_paper() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "vgg11_bn"])
 def test_networks_against_captum(name: str) -> None:
     torchvision = pytest.importorskip("torchvision")
-    attr = pytest.importorskip("captum.attr")
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, num_classes=7).eval()
     x, classes = torch.rand(2, 3, 64, 64), torch.tensor([2, 5])
@@ -299,6 +299,8 @@ def test_wrong_options() -> None:
     model = net()
     with pytest.raises(ValueError, match="batch_size"):
         ck.InputGradient(model, batch_size=0)(images())
+    with pytest.raises(TypeError, match=r"explainer: expected InputGradient.*got GradCAM"):
+        ck.SmoothGrad(ck.GradCAM(model, "conv2"))
     with pytest.raises(ValueError, match="samples"):
         ck.SmoothGrad(model, samples=0)
     with pytest.raises(ValueError, match="noise"):

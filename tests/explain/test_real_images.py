@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from captum import attr
 from explain import real
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ import camkernels as ck
 from camkernels import metrics
 
 pytest.importorskip("torchvision")
-pytest.importorskip("PIL")
 NAMES = ("both.png", "elephant.jpg", "zebra.jpg")
 
 
@@ -87,7 +87,6 @@ def test_maps_are_those_of_pytorch_grad_cam(
 
 
 def test_gradients_are_those_of_captum(squeezenet: nn.Module, pictures: Tensor) -> None:
-    attr = pytest.importorskip("captum.attr")
     theirs = copy.deepcopy(squeezenet)
     for module in theirs.modules():
         if isinstance(module, nn.ReLU):
@@ -106,7 +105,6 @@ def test_gradients_are_those_of_captum(squeezenet: nn.Module, pictures: Tensor) 
 
 
 def test_guided_grad_cam_is_that_of_captum(squeezenet: nn.Module, pictures: Tensor) -> None:
-    attr = pytest.importorskip("captum.attr")
     theirs = copy.deepcopy(squeezenet)
     for module in theirs.modules():
         if isinstance(module, nn.ReLU):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
+from skimage import measure
 from torch import Tensor, nn
 
 from camkernels import metrics
 from camkernels.metrics.curves import blurred
 
-torchmetrics = pytest.importorskip("torchmetrics")
 SIZE = (12, 10)
 
 
@@ -181,7 +182,6 @@ def test_boxes_are_around_the_largest_segment() -> None:
 
 
 def test_segments_are_those_of_scikit_image() -> None:
-    measure = pytest.importorskip("skimage.measure")
     generator = torch.Generator().manual_seed(0)
     maps = (torch.rand(30, 15, 17, generator=generator) > 0.6).float()
     found = metrics.box_of_map(maps, (15, 17))

@@ -87,7 +87,7 @@ def check(results: list[Any]) -> None:
         print(table(records))
         assert not spilling(records), "kernels use local memory:\n" + table(spilling(records))
         missing = set(result["kernels"]) - {r["kernel"] for r in records}
-        assert not missing, f"no case compiles {sorted(missing)}: add one to triton_aot.py"
+        assert not missing, f"no case compiles {sorted(missing)}: add one to triton_calls.py"
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,9 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(compiled: list[Any]) -> N
         row = channels if case["layout"] == "channels_last" else height * width
         if row * ITEM_BYTES[case["dtype"]] % 16:
             continue
-        # 4096 elements of a tile over 128 threads, 16 bytes each time.
-        tile = 4096 * ITEM_BYTES[case["dtype"]] // 128 // 16
+        # The elements of a tile over 128 threads, 16 bytes each time; these take half a tile.
+        elements = 2048 if kernel.startswith(("cam_weights_", "cam_pixels_")) else 4096
+        tile = elements * ITEM_BYTES[case["dtype"]] // 128 // 16
         if "_fwd_" in kernel:
             assert record["wide_loads"] >= tile * (2 if case["pooled"] else 1), record
         else:
