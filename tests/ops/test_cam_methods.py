@@ -42,6 +42,18 @@ class Methods(OpTests):
     def saved_bytes(self, case: Case) -> int:
         return sum(t.untyped_storage().nbytes() for t in case.tensors)
 
+    @every_backend
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+    @pytest.mark.parametrize("shape", [(1, 300, 2, 3), (2, 70, 5, 7), (1, 3, 30, 41)])
+    def test_more_than_one_block(
+        self, backend: str, layout: str, shape: tuple[int, int, int, int]
+    ) -> None:
+        """Of channels, of pixels, and of both."""
+        names = ("batch", "channels", "height", "width")
+        sizes: dict[str, Any] = dict(zip(names, shape, strict=True))
+        for variant in self.variants:
+            self.check(backend, self.example(variant=variant, layouts=(layout, layout), **sizes))
+
     def of_extremes(
         self, dtype: torch.dtype, method: str, flags: Sequence[bool]
     ) -> Iterator[tuple[str, Case]]:
