@@ -8,13 +8,31 @@ from torch.nn import functional as F
 
 
 def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, h, w) enlarged bilinearly to (B, H, W), float32 or float64."""
+    """Maps (B, h, w) enlarged bilinearly to (B, H, W), float32 or float64.
+
+    As :func:`torch.nn.functional.interpolate` with ``align_corners=False``, whose rounding depends
+    on the shape of the batch and on the CPU. Here each step is rounded by itself, so that a map has
+    the same values in any batch, and pixels beyond the outermost centres are exactly equal: the
+    order of pixels, which the curves go by, is the map's own.
+    """
     if maps.dim() != 3 or not maps.is_floating_point():
         raise ValueError(
             f"maps: expected floating-point (B, h, w), got {maps.dtype} {tuple(maps.shape)}"
         )
     wide = maps if maps.dtype == torch.float64 else maps.float()
-    return F.interpolate(wide[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return _stretched(_stretched(wide, 1, size[0]), 2, size[1])
+
+
+def _stretched(maps: Tensor, axis: int, length: int) -> Tensor:
+    """a + t (b - a) along an axis, a and b the neighbours of each new place."""
+    old = maps.shape[axis]
+    places = (torch.arange(length, dtype=torch.float64, device=maps.device) + 0.5) * old / length
+    places = (places - 0.5).clamp(0, old - 1)
+    first = places.floor().long()
+    share = (places - first).to(maps.dtype)
+    a = maps.index_select(axis, first)
+    b = maps.index_select(axis, (first + 1).clamp(max=old - 1))
+    return (b - a).mul_(share[:, None] if axis == 1 else share).add_(a)  # no FMA: separate steps
 
 
 def inside(regions: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from camkernels.metrics.curves import blurred, class_score, insertion_auc, insertion_curve, ranks
+from camkernels.metrics.regions import enlarged
 
 
 def descending(size: int) -> Tensor:
@@ -96,6 +98,38 @@ def test_batches_do_not_matter() -> None:
     torch.testing.assert_close(whole, parts)
     alone = insertion_auc(class_score(model, torch.tensor([2])), images[1:2], maps[1:2], steps=10)
     torch.testing.assert_close(whole[1:2], alone)
+
+
+def test_a_picture_has_the_same_values_alone_and_in_a_batch() -> None:
+    """Bitwise: scores that differ by rounding are the model's; the order of pixels is not."""
+    generator = torch.Generator().manual_seed(3)
+    images, maps = torch.rand(9, 3, 30, 26), torch.rand(9, 7, 5, generator=generator)
+    maps[4] = (maps[4] * 3).round()  # ties and near ties
+
+    def score(pictures: Tensor, owner: Tensor) -> Tensor:
+        return pictures[:, 1, 11, 13]  # no sum that a batch could round otherwise
+
+    large = enlarged(maps, (30, 26))
+    areas = insertion_auc(score, images, maps, steps=30 * 26, batch_size=100)
+    for index in range(len(maps)):
+        one = slice(index, index + 1)
+        assert torch.equal(enlarged(maps[one], (30, 26)), large[one])
+        assert torch.equal(insertion_auc(score, images[one], maps[one], steps=30 * 26), areas[one])
+
+
+@pytest.mark.parametrize("small", [(1, 1), (1, 4), (7, 5), (30, 26), (40, 31)])
+def test_maps_are_enlarged_as_torch_does(small: tuple[int, int]) -> None:
+    maps = torch.rand(3, *small, dtype=torch.float64)
+    expected = F.interpolate(maps[:, None], (30, 26), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(enlarged(maps, (30, 26)), expected, atol=1e-12, rtol=0)
+    assert enlarged(maps.half(), (30, 26)).dtype == torch.float32
+
+
+def test_pixels_beyond_the_outermost_centres_are_exactly_equal() -> None:
+    large = enlarged(torch.rand(50, 3, 3) * 1e-3 + 1, (21, 21))
+    for line in (large, large.mT):
+        for side in (line[:, :4], line[:, -4:]):
+            assert torch.equal(side, side[:, :1].expand_as(side))
 
 
 def test_equal_values_keep_their_order() -> None:
