@@ -25,7 +25,7 @@ $(STAMP): $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
 # dependencies, which would replace a CPU build of torch.
 $(VENV)/.tests: $(STAMP)
 	$(PY) -m pip install -qq --editable ".[train,dev,triton]"
-	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm grad-cam==1.5.7 ttach opencv-python-headless
+	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm grad-cam==1.5.7 torchcam==0.5.0 ttach opencv-python-headless
 	touch $@
 
 # The tests' torchvision, if `make test` put it here, imports beside a CPU torch with their help only.

@@ -9,6 +9,8 @@ from camkernels.explain.input_gradient import (
     SmoothGrad,
 )
 from camkernels.explain.methods import CAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
+from camkernels.explain.score_cam import ScoreCAM
+from camkernels.explain.smooth_cam import SmoothGradCAMPlusPlus
 
 __all__ = [
     "CAM",
@@ -19,7 +21,9 @@ __all__ = [
     "HiResCAM",
     "InputGradient",
     "LayerCAM",
+    "ScoreCAM",
     "SmoothGrad",
+    "SmoothGradCAMPlusPlus",
     "XGradCAM",
     "consistency_scores",
 ]

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from camkernels.taps.targets import check_logits, class_indices
 
-Targets = Tensor | int | Sequence[int] | Callable[[Tensor], Tensor] | None
-"""Class per image as a tensor or a sequence, one class for all, what makes a score (B,) of logits
-(B, C), or None: the predicted class."""
+OneScore = Callable[[Tensor], Tensor]
+Targets = Tensor | int | Sequence[int] | Sequence[OneScore] | OneScore | None
+"""Class per image as a tensor or a sequence; one class for all; what makes scores (B,) of logits
+(B, C); a sequence of what makes one score of an image's logits (C,); or None: the predicted
+class."""
 Logits = Callable[[Any], Tensor]
 
 
@@ -56,7 +58,7 @@ def chosen(logits: Tensor, targets: Targets) -> Tensor:
     """Class per image (B,) int64, of targets that are no callable."""
     if targets is None:
         return logits.detach().argmax(1)
-    if isinstance(targets, bool) or not isinstance(targets, (Tensor, int, Sequence)):
+    if isinstance(targets, (bool, str)) or not isinstance(targets, (Tensor, int, Sequence)):
         raise TypeError(
             "targets: expected class indices as a tensor, a sequence or one integer, a callable "
             f"from logits to scores (B,), or None; got {type(targets).__name__}"
@@ -68,10 +70,30 @@ def chosen(logits: Tensor, targets: Targets) -> Tensor:
     return class_indices(logits, targets.to(logits.device))
 
 
+def make_scores(targets: Targets) -> bool:
+    """Whether targets are callables: one, or one per image."""
+    if isinstance(targets, (Tensor, str)):
+        return False
+    some = isinstance(targets, Sequence) and len(targets) > 0
+    return callable(targets) or (some and all(callable(target) for target in targets))  # type: ignore[union-attr]
+
+
 def scores(logits: Tensor, targets: Targets) -> Tensor:
     """What is explained, (B,)."""
-    if callable(targets) and not isinstance(targets, Tensor):
-        found = targets(logits)
+    if make_scores(targets):
+        if isinstance(targets, Sequence):
+            if len(targets) != len(logits):
+                raise ValueError(
+                    f"targets: expected one per image, {len(logits)}, got {len(targets)}"
+                )
+            rows = [
+                target(row)  # type: ignore[operator]
+                for target, row in zip(targets, logits, strict=True)
+            ]
+            found = torch.stack([torch.as_tensor(row) for row in rows])
+        else:
+            assert callable(targets)
+            found = targets(logits)
         if not isinstance(found, Tensor) or found.shape != logits.shape[:1]:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
@@ -87,7 +109,7 @@ def in_batches(
     """Images and their targets, ``batch_size`` at a time (all at once where None)."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
-    per_image = isinstance(targets, (Tensor, Sequence))
+    per_image = isinstance(targets, (Tensor, Sequence)) and not isinstance(targets, str)
     if per_image and len(targets) != len(images):  # type: ignore[arg-type]
         raise ValueError(
             f"targets: expected one per image, {len(images)}, got {len(targets)}"  # type: ignore[arg-type]

@@ -7,6 +7,9 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
+from camkernels import functional
+from camkernels.explain._images import Fusion, ImageMaps, check_fusion, fuse
+from camkernels.explain._run import Logits, Targets, chosen, logits_of, make_scores, scores
 from camkernels.functional import MapStatistics
 from camkernels.taps.evaluate import Evaluation, Evaluator, ReshapeTransform
 from camkernels.taps.modules import LayerLike
@@ -14,8 +17,9 @@ from camkernels.taps.tap import Tap
 from camkernels.taps.targets import check_logits, class_indices
 
 
-class GradCAM:
-    """Differentiable Grad-CAM maps of a forward that training or inference makes anyway.
+class GradCAM(ImageMaps):
+    """Differentiable Grad-CAM maps of a forward that training or inference makes anyway, or of
+    images (:meth:`explain`).
 
     M = relu(sum_k alpha_k A_k), alpha_k = 1/Z sum_ij d y_c / d A_kij, A the output of ``layer``.
     Hooks keep A; nothing else of the model is touched (mode, ``.grad``, buffers, random state),
@@ -35,6 +39,9 @@ class GradCAM:
         reshape_transform: maps another output, such as tokens (B, N, D), to (B, K, h, w).
         head: ``"auto"``, ``"autograd"`` (never the closed form) or ``"closed_form"`` (raise where
             there is none).
+        fusion: how maps of several layers become one: ``"mean"`` or ``"max"`` of them, each scaled
+            to [0, 1] and enlarged to the largest, or a callable from maps (L, B, h, w) to
+            (B, h, w); None for a list of maps.
 
     Raises:
         ValueError: an unknown layer (near names are told). TypeError: ``nn.DataParallel``.
@@ -58,39 +65,65 @@ class GradCAM:
         relu: bool = True,
         reshape_transform: ReshapeTransform | None = None,
         head: str = "auto",
+        fusion: Fusion = None,
     ) -> None:
+        check_fusion(fusion)
+        self.fusion = fusion
         self._single = isinstance(layer, (str, nn.Module))
         self._tap = Tap(model, layer, head)
         self._evaluate = Evaluator(self._tap, relu, reshape_transform)
+        self.model = self._tap.model
 
-    def __call__(self, logits: Tensor, targets: Tensor | None = None) -> Tensor | list[Tensor]:
-        """Maps of one class per sample.
+    def __call__(self, logits: Tensor, targets: Targets = None) -> Tensor | list[Tensor]:
+        """Maps of one score per sample.
 
         Args:
             logits: (B, C), of the latest forward of the model.
-            targets: (B,) int64 class indices; the predicted classes where None.
+            targets: class indices (B,), a tensor or a sequence; one class for all; the predicted
+                classes where None; by autograd, a callable from logits (B, C) to scores (B,), or a
+                sequence of callables from an image's logits (C,) to its score.
 
         Returns:
-            maps (B, h, w), float32, differentiable; a list of them where several layers were given.
+            maps (B, h, w), float32, differentiable; a list of them where several layers were given
+            and no fusion.
 
         Raises:
             TapError: no forward, a stale forward, activations changed in place, a layer reached
             not once. IndexError: a class out of range. ValueError, TypeError: wrong shapes, dtypes.
         """
         maps = [evaluation.maps for evaluation in self._evaluations(logits, targets)]
+        if self.fusion is not None:
+            return fuse(maps, self.fusion)
         return maps[0] if self._single else maps
 
     def statistics(
-        self, logits: Tensor, targets: Tensor | None = None
+        self, logits: Tensor, targets: Targets = None
     ) -> MapStatistics | list[MapStatistics]:
         """Statistics of the maps, by the fused kernel; arguments and errors as for the call."""
-        found = [evaluation.statistics for evaluation in self._evaluations(logits, targets)]
-        return found[0] if self._single else found
+        found = self._evaluations(logits, targets)
+        if self.fusion is not None:
+            return functional.map_statistics(fuse([one.maps for one in found], self.fusion))
+        statistics = [evaluation.statistics for evaluation in found]
+        return statistics[0] if self._single else statistics
 
-    def _evaluations(self, logits: Tensor, targets: Tensor | None) -> list[Evaluation]:
+    def _evaluations(self, logits: Tensor, targets: Targets) -> list[Evaluation]:
         check_logits(logits)
-        classes = logits.detach().argmax(1) if targets is None else class_indices(logits, targets)
-        return self._evaluate(logits, classes)
+        if isinstance(targets, Tensor):
+            return self._evaluate(logits, class_indices(logits, targets))
+        if make_scores(targets):
+            return self._evaluate(logits, lambda values: scores(values, targets))
+        return self._evaluate(logits, chosen(logits, targets))
+
+    def _explain(
+        self, images: Tensor, targets: Targets, logits: Logits | None, batch_size: int | None
+    ) -> list[Tensor]:
+        output = logits_of(self.model(images), logits)
+        if isinstance(targets, Tensor):
+            targets = targets.to(output.device)
+        return [evaluation.maps for evaluation in self._evaluations(output, targets)]
+
+    def _forget(self) -> None:
+        self._tap.forget()
 
     @property
     def head(self) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camkernels import modes
+from camkernels.explain._memory import Budget, bytes_of, images_within
+from camkernels.explain._noise import check_noise, noisy_copies
 from camkernels.explain._run import (
     Logits,
     Targets,
@@ -17,6 +19,7 @@ from camkernels.explain._run import (
     evaluating,
     in_batches,
     logits_of,
+    make_scores,
     scores,
 )
 from camkernels.explain.grad_cam import GradCAM
@@ -34,7 +37,8 @@ class InputGradient:
 
     Args:
         model: the classifier; DistributedDataParallel and ``torch.compile`` wrappers are opened.
-        batch_size: images of one forward, None for all.
+        batch_size: images of one forward, None for all. memory_budget: instead of it, see
+            :meth:`GradCAM.explain`.
         logits: takes the logits (B, C) out of what the model returns, where that is no tensor.
 
     Source: Simonyan et al., Deep inside convolutional networks, section 3.
@@ -48,10 +52,18 @@ class InputGradient:
     """
 
     def __init__(
-        self, model: nn.Module, *, batch_size: int | None = None, logits: Logits | None = None
+        self,
+        model: nn.Module,
+        *,
+        batch_size: int | None = None,
+        memory_budget: Budget | None = None,
+        logits: Logits | None = None,
     ) -> None:
+        if batch_size is not None and memory_budget is not None:
+            raise ValueError("batch_size, memory_budget: expected one of them, got both")
         self.model = unwrap(model)
         self.batch_size = batch_size
+        self.memory_budget = memory_budget if memory_budget is None else bytes_of(memory_budget)
         self._logits = logits
 
     def __call__(self, images: Tensor, targets: Targets = None) -> Tensor:
@@ -59,8 +71,7 @@ class InputGradient:
 
         Args:
             images: (B, C, H, W), what the model takes.
-            targets: (B,) class indices, a tensor or a sequence; one class for all; a callable from
-                logits (B, C) to scores (B,); None for the predicted classes.
+            targets: as for :meth:`GradCAM.explain`.
 
         Returns:
             (B, C, H, W) in the dtype of the images, detached.
@@ -72,9 +83,15 @@ class InputGradient:
         check_images(images)
         found = []
         with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
-            for part, classes in in_batches(images, targets, self.batch_size):
+            for part, classes in in_batches(images, targets, self._batch(images, targets)):
                 found.append(self._gradients(part, classes))
         return torch.cat(found)
+
+    def _batch(self, images: Tensor, targets: Targets) -> int | None:
+        if self.memory_budget is None or not len(images):
+            return self.batch_size
+        (one, first), *_ = in_batches(images, targets, 1)
+        return images_within(self.memory_budget, lambda: self._gradients(one, first))
 
     def _gradients(self, images: Tensor, targets: Targets) -> Tensor:
         leaf = images.detach().clone().requires_grad_()
@@ -125,7 +142,7 @@ class GuidedGradCAM(GuidedBackprop):
     """Guided gradients times the Grad-CAM map, enlarged to the image; both of one forward.
 
     Args:
-        model, batch_size, logits: as for :class:`InputGradient`.
+        model, batch_size, memory_budget, logits: as for :class:`InputGradient`.
         layer, reshape_transform, head: as for :class:`GradCAM`; one layer.
 
     Source: Selvaraju et al., Grad-CAM, section 3.2.
@@ -137,11 +154,12 @@ class GuidedGradCAM(GuidedBackprop):
         layer: LayerLike,
         *,
         batch_size: int | None = None,
+        memory_budget: Budget | None = None,
         logits: Logits | None = None,
         reshape_transform: ReshapeTransform | None = None,
         head: str = "auto",
     ) -> None:
-        super().__init__(model, batch_size=batch_size, logits=logits)
+        super().__init__(model, batch_size=batch_size, memory_budget=memory_budget, logits=logits)
         self._layer, self._reshape, self._head = layer, reshape_transform, head
         GradCAM(self.model, layer, head=head).close()  # an unknown layer is told here
 
@@ -151,12 +169,11 @@ class GuidedGradCAM(GuidedBackprop):
             self.model, self._layer, reshape_transform=self._reshape, head=self._head
         ) as cam:
             logits = self._forward(leaf)
-            if callable(targets) and not isinstance(targets, Tensor):
-                raise TypeError("targets: Grad-CAM takes class indices, got a callable")
-            classes = chosen(logits, targets)
-            maps = cam(logits, classes)
+            if not make_scores(targets):
+                targets = chosen(logits, targets)
+            maps = cam(logits, targets)
             assert isinstance(maps, Tensor)
-        guided = self._backward(logits, leaf, classes)
+        guided = self._backward(logits, leaf, targets)
         size = (images.shape[2], images.shape[3])
         enlarged = F.interpolate(maps.detach()[:, None], size, mode="bilinear", align_corners=False)
         return guided * enlarged.to(guided.dtype)
@@ -170,7 +187,7 @@ class SmoothGrad:
         samples: noisy copies.
         noise: standard deviation of the Gaussian noise, as a share of each image's range.
         seed: of a generator of its own, on the device of the images; the same call gives the same
-            result.
+            result, and an image the same in any batch.
 
     One copy of the batch is held at a time. Where ``targets`` is None the classes predicted for
     the clean images are taken.
@@ -186,10 +203,7 @@ class SmoothGrad:
         noise: float = 0.15,
         seed: int = 0,
     ) -> None:
-        if samples < 1:
-            raise ValueError(f"samples: expected a positive number, got {samples}")
-        if not noise >= 0:
-            raise ValueError(f"noise: expected a share of the range, at least 0, got {noise}")
+        check_noise(samples, noise)
         if isinstance(explainer, nn.Module):
             explainer = InputGradient(explainer)
         if not isinstance(explainer, InputGradient):
@@ -205,25 +219,17 @@ class SmoothGrad:
         check_images(images)
         if targets is None:
             targets = self._predicted(images)
-        generator = torch.Generator(images.device).manual_seed(self.seed)
         wide = images.dtype if images.dtype == torch.float64 else torch.float32
-        values = images.detach().to(wide)
-        flat = values.flatten(1)
-        deviation = torch.zeros(len(values), 1, 1, 1, dtype=wide, device=values.device)
-        if flat.numel():
-            low, high = flat.aminmax(dim=1)
-            deviation = (self.noise * (high - low)).view(-1, 1, 1, 1)
-        total = torch.zeros_like(values)
-        for _ in range(self.samples):
-            noise = torch.randn(values.shape, generator=generator, dtype=wide, device=values.device)
-            total += self.explainer((values + deviation * noise).to(images.dtype), targets)
+        total = torch.zeros_like(images, dtype=wide)
+        for copy in noisy_copies(images, self.samples, self.noise, self.seed):
+            total += self.explainer(copy, targets)
         return (total / self.samples).to(images.dtype)
 
     def _predicted(self, images: Tensor) -> Tensor:
         explainer = self.explainer
         found = []
         with evaluating(explainer.model), torch.no_grad():
-            for part, _ in in_batches(images, None, explainer.batch_size):
+            for part, _ in in_batches(images, None, explainer._batch(images, None)):
                 logits = logits_of(explainer.model(part), explainer._logits)
                 found.append(logits.argmax(1))
         return torch.cat(found)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from camkernels import cam_methods as M
 from camkernels import functional as F
+from camkernels.explain._images import Fusion
 from camkernels.explain.grad_cam import GradCAM
 from camkernels.taps.evaluate import ReshapeTransform
 from camkernels.taps.modules import LayerLike
@@ -26,11 +27,14 @@ class _Weighted(GradCAM):
         relu: bool = True,
         reshape_transform: ReshapeTransform | None = None,
         head: str = "auto",
+        fusion: Fusion = None,
     ) -> None:
         added = self._default_eps if eps is None else eps
         if not added >= 0:
             raise ValueError(f"eps: expected a number of at least 0, got {eps}")
-        super().__init__(model, layer, relu=relu, reshape_transform=reshape_transform, head=head)
+        super().__init__(
+            model, layer, relu=relu, reshape_transform=reshape_transform, head=head, fusion=fusion
+        )
         method = self._method
 
         def maps(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ class GradCAMPlusPlus(_Weighted):
     w_k = sum over G > 0 of G / (2 + S_k G + eps / G^2), S_k = sum_ij A_kij.
 
     Args:
-        model, layer, relu, reshape_transform, head: as for :class:`GradCAM`.
+        model, layer, relu, reshape_transform, head, fusion: as for :class:`GradCAM`.
         eps: added to the denominator 2 G^2 + S_k G^3. 0, the default, is the paper's formula; 1e-6
             is what pytorch-grad-cam adds, which is not small beside typical gradients.
 
@@ -62,7 +66,7 @@ class XGradCAM(_Weighted):
     w_k = sum_ij A_kij G_kij / (sum_ij A_kij + eps).
 
     Args:
-        model, layer, relu, reshape_transform, head: as for :class:`GradCAM`.
+        model, layer, relu, reshape_transform, head, fusion: as for :class:`GradCAM`.
         eps: 1e-7 by default, as pytorch-grad-cam adds it.
 
     Source: Fu et al., Axiom-based Grad-CAM, eq. 7.
@@ -82,8 +86,11 @@ class _Elementwise(GradCAM):
         relu: bool = True,
         reshape_transform: ReshapeTransform | None = None,
         head: str = "auto",
+        fusion: Fusion = None,
     ) -> None:
-        super().__init__(model, layer, relu=relu, reshape_transform=reshape_transform, head=head)
+        super().__init__(
+            model, layer, relu=relu, reshape_transform=reshape_transform, head=head, fusion=fusion
+        )
         positive = self._positive
 
         def maps(activations: Tensor, gradients: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ GUARD_EVERY = 64
 ReshapeTransform = Callable[[Tensor], Tensor]
 # Maps (B, h, w) of activations and gradients (B, K, h, w), which have one dtype.
 Maps = Callable[[Tensor, Tensor], Tensor]
+# Scores (B,) of logits (B, C).
+ScoreFn = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Evaluator:
         self._calls = 0
         self._deviation: Tensor | None = None
 
-    def __call__(self, logits: Tensor, classes: Tensor) -> list[Evaluation]:
-        """One evaluation per tapped layer, for one class per sample; classes (B,) int64."""
+    def __call__(self, logits: Tensor, classes: Tensor | ScoreFn) -> list[Evaluation]:
+        """One evaluation per tapped layer, for one class per sample, (B,) int64, or for scores."""
         activations = self.tap.activations()
         for name, tensor in zip(self.tap.names, activations, strict=True):
             if tensor.shape[0] != logits.shape[0]:
@@ -61,7 +63,8 @@ class Evaluator:
         head = None if self.reshape_transform is not None else self.tap.usable_head()
         with modes.no_autocast(logits.device):
             if head is not None:
-                evaluation = self._by_closed_form(head, spatial[0], logits, classes)
+                chosen = classes if isinstance(classes, Tensor) else _slopes(logits, classes)
+                evaluation = self._by_closed_form(head, spatial[0], logits, chosen)
                 if evaluation is not None:
                     return [evaluation]
             return self._by_autograd(activations, spatial, logits, classes)
@@ -99,6 +102,7 @@ class Evaluator:
     def _by_closed_form(
         self, head: ClosedFormHead, activations: Tensor, logits: Tensor, classes: Tensor
     ) -> Evaluation | None:
+        """``classes``: (B,) int64, or d score / d logits (B, C)."""
         jacobian = head.jacobian(classes)
         weights = jacobian / (activations.shape[2] * activations.shape[3])
         statistics, maps, total = F.cam_statistics_and_total(
@@ -140,7 +144,10 @@ class Evaluator:
         """
         if logits.shape[0] == 0 or logits.is_meta:
             return True
-        score = logits.detach().gather(1, classes[:, None])[:, 0].to(total.dtype)
+        if classes.is_floating_point():
+            score = (logits.detach() * classes).sum(1).to(total.dtype)
+        else:
+            score = logits.detach().gather(1, classes[:, None])[:, 0].to(total.dtype)
         offset = head.offset(classes)
         scale = head.magnitude(jacobian) + offset.abs() + torch.finfo(total.dtype).tiny
         # How far the identity is broken, relative to the rounding of the least precise dtype.
@@ -174,7 +181,11 @@ class Evaluator:
     # -- autograd ------------------------------------------------------------------------------
 
     def _by_autograd(
-        self, activations: list[Tensor], spatial: list[Tensor], logits: Tensor, classes: Tensor
+        self,
+        activations: list[Tensor],
+        spatial: list[Tensor],
+        logits: Tensor,
+        classes: Tensor | ScoreFn,
     ) -> list[Evaluation]:
         graph_logits = self.tap.connected(logits)
         gradients, scales = self._gradients(activations, graph_logits, classes)
@@ -196,7 +207,7 @@ class Evaluator:
         return results
 
     def _gradients(
-        self, activations: list[Tensor], logits: Tensor, classes: Tensor
+        self, activations: list[Tensor], logits: Tensor, classes: Tensor | ScoreFn
     ) -> tuple[list[Tensor], list[float]]:
         """d (sum of scores) / d A per layer, times a scale that keeps float16 from underflow."""
         train = torch.is_grad_enabled()
@@ -205,9 +216,9 @@ class Evaluator:
         if not logits.requires_grad or not all(a.requires_grad for a in activations):
             raise TapError(self._unconnected())
         with torch.inference_mode(False), torch.enable_grad():
-            if classes.is_inference():
-                classes = classes.clone()  # an inference tensor cannot enter a graph
-            score = logits.gather(1, classes[:, None]).float().sum() * scale
+            score = _scores(logits, classes).float().sum() * scale
+            if not score.requires_grad:
+                raise TapError(_DETACHED)
             with modes.no_weight_gradients():  # nobody would read them
                 found = torch.autograd.grad(
                     score, activations, create_graph=train, retain_graph=True, allow_unused=True
@@ -235,6 +246,34 @@ class Evaluator:
             "of another forward (a stale forward) or detached, the layer's output was replaced (by "
             "a later hook, or a compiled region that ends behind it), or it does not lead to them"
         )
+
+
+_DETACHED = "targets: the scores of the callable are detached from the logits"
+
+
+def _slopes(logits: Tensor, scores: ScoreFn) -> Tensor:
+    """d score / d logits (B, C), with a graph where gradients are on."""
+    train = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        own = train and logits.requires_grad
+        values = logits if own else logits.detach().clone().requires_grad_()
+        score = scores(values)
+        found = None
+        if score.requires_grad:
+            (found,) = torch.autograd.grad(
+                score.float().sum(), values, create_graph=own, retain_graph=True, allow_unused=True
+            )
+        if found is None:
+            raise TapError(_DETACHED)
+        return found
+
+
+def _scores(logits: Tensor, classes: Tensor | ScoreFn) -> Tensor:
+    if not isinstance(classes, Tensor):
+        return classes(logits)
+    if classes.is_inference():
+        classes = classes.clone()  # an inference tensor cannot enter a graph
+    return logits.gather(1, classes[:, None])
 
 
 def _score_scale(activations: Tensor) -> float:

@@ -83,7 +83,10 @@ class ClosedFormHead:
         return None
 
     def jacobian(self, classes: Tensor) -> Tensor:
-        """J (B, K) of one class per sample; ``classes`` (B,) int64."""
+        """J (B, K) of one class per sample, (B,) int64, or of d score / d logits (B, C)."""
+        if classes.is_floating_point():
+            weight = _upcast(self.linears[-1].weight)
+            return self._through(classes.to(weight.dtype) @ weight)
         # embedding and not indexing: its backward is deterministic on every device.
         rows = nn.functional.embedding(classes, _upcast(self.linears[-1].weight))
         return self._through(rows)
@@ -101,11 +104,16 @@ class ClosedFormHead:
         return rows
 
     def offset(self, classes: Tensor) -> Tensor:
-        """b_c (B,) with no graph: what the biases alone add to the logit of each sample's class."""
+        """b_c (B,) with no graph: what the biases alone add to the logit of each sample's class,
+        or to the logits times d score / d logits (B, C)."""
         with torch.no_grad():
             last = self.linears[-1]
-            result = 0.0 if last.bias is None else _upcast(last.bias)[classes]
-            rows = _upcast(last.weight)[classes]
+            weight, bias = _upcast(last.weight), None if last.bias is None else _upcast(last.bias)
+            if classes.is_floating_point():
+                slopes = classes.to(weight.dtype)
+                rows, result = slopes @ weight, 0.0 if bias is None else slopes @ bias
+            else:
+                rows, result = weight[classes], 0.0 if bias is None else bias[classes]
             for position in range(len(self.linears) - 1, 0, -1):
                 if self.rectified[position]:
                     rows = rows * (self.inputs[position] > 0)
@@ -113,7 +121,7 @@ class ClosedFormHead:
                 if linear.bias is not None:
                     result = result + rows @ _upcast(linear.bias)
                 rows = rows @ _upcast(linear.weight)
-            return torch.as_tensor(result, device=classes.device).expand(classes.shape)
+            return torch.as_tensor(result, device=classes.device).expand(classes.shape[:1])
 
     def magnitude(self, jacobian: Tensor) -> Tensor:
         """|J| |f| (B,): the scale at which the guarding identity is rounded."""

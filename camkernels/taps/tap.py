@@ -137,6 +137,14 @@ class Tap:
         self._forward = _Forward()
         self._closed = True
 
+    def forget(self) -> None:
+        """Let go of the latest forward; the hooks stay."""
+        self._leave_grad_mode()
+        self._forward = _Forward()
+        self._ever = False
+        if self.head is not None:
+            self.head.inputs.clear()
+
     _closed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:

@@ -172,10 +172,11 @@ def test_smooth_grad_is_a_mean_over_noise() -> None:
     span = (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, 1, 1, 1)
     total = torch.zeros_like(x)
     for _ in range(3):
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(x.shape[1:], generator=generator, dtype=torch.float64)
         total += ck.InputGradient(model)(x + 0.2 * span * noise, TARGETS)
     torch.testing.assert_close(found, total / 3)
     torch.testing.assert_close(smooth(x, TARGETS), found, rtol=0, atol=0)
+    torch.testing.assert_close(smooth(x[2:3], TARGETS[2:3]), found[2:3])
     still = ck.SmoothGrad(ck.GuidedBackprop(model), samples=2, noise=0.0)
     torch.testing.assert_close(still(x), ck.GuidedBackprop(model)(x))
 
@@ -222,8 +223,16 @@ def test_a_callable_makes_the_score() -> None:
     torch.testing.assert_close(by_score, parts[0] - parts[1])
     with pytest.raises(ValueError, match=r"\(4,\) of the callable, got \(4, 5\)"):
         ck.InputGradient(model)(x, lambda logits: logits)
-    with pytest.raises(TypeError, match="class indices, got a callable"):
-        ck.GuidedGradCAM(model, "conv2")(x, lambda logits: logits[:, 0])
+    for made in (ck.InputGradient(model), ck.GuidedGradCAM(model, "conv2")):
+        expected = made(x, [3, 0, 1, 2])
+        torch.testing.assert_close(
+            made(x, lambda logits: logits.gather(1, torch.tensor([[3], [0], [1], [2]]))[:, 0]),
+            expected,
+        )
+        rows = [lambda row, c=c: row[c] for c in (3, 0, 1, 2)]
+        torch.testing.assert_close(made(x, rows), expected)
+        with pytest.raises(ValueError, match="targets: expected one per image, 4, got 3"):
+            made(x, rows[:3])
 
 
 @every_explainer
