@@ -17,9 +17,9 @@ TITLE, GROUP, COLUMN, ROW, CAPTION = 12.0, 10.5, 9.5, 9.5, 8.5
 """Sizes of text, in points."""
 _LEADING = 1.25
 _GAP, _GROUP_GAP, _PAD = 0.06, 0.22, 0.07
-PAD_POINTS = _PAD * 72 / 2
-"""From a cell to its label."""
-_MARGIN, _BAR, _LEGEND = 0.08, 0.85, 0.3
+PAD_POINTS = 4.0
+"""From a cell to its label, a part of _PAD."""
+_MARGIN, _BAR, _LEGEND = 0.08, 0.6, 0.3
 
 
 @lru_cache(maxsize=4096)
@@ -66,6 +66,7 @@ class Layout:
     size: tuple[float, float]
     cells: list[list[Place]]
     bar: Place
+    bar_label: str
     title: str
     title_top: float
     groups: list[tuple[str, float]]
@@ -93,41 +94,44 @@ def lay_out(
     cell: tuple[float, float],
     *,
     title: str,
-    bar: bool,
+    bar_label: str | None,
     legend: bool,
 ) -> Layout:
-    """Places for rows of cells of ``cell`` inches, with columns in groups."""
+    """Places for rows of cells of ``cell`` inches, with columns in groups; None for no bar."""
     width, height = cell
     names = [wrapped(row, height, ROW) for row in rows]
     lefts, spans = _across(groups, width, _MARGIN + text_height(names, ROW))
+    below = [[wrapped(text, width, CAPTION) for text in line] for line in captions]
+    downs = [height + text_height(line, CAPTION) + _GAP for line in below]
+    content = sum(downs[:-1]) + height
+    long = min(content, 3.0)
+    label = "" if bar_label is None else wrapped(bar_label, long, CAPTION)
     end = lefts[-1] + width
-    total = max(end + (_BAR if bar else _MARGIN), 3.2 if legend else 0.0)
+    right = _MARGIN if bar_label is None else _BAR + text_height([label], CAPTION)
+    total = max(end + right, 3.2 if legend else 0.0)
     title = wrapped(title, total - 2 * _MARGIN, TITLE)
     headings = [wrapped(heading, last - first, GROUP) for heading, first, last in spans]
     columns = [wrapped(label, width, COLUMN) for _, labels in groups for label in labels]
-    below = [[wrapped(text, width, CAPTION) for text in line] for line in captions]
 
     # downward from the upper edge
     groups_bottom = _MARGIN + text_height([title], TITLE) + text_height(headings, GROUP)
     top = groups_bottom + text_height(columns, COLUMN)
-    tops, y = [], top
-    for line in below:
-        tops.append(y)
-        y += height + text_height(line, CAPTION) + _GAP
+    tops = [top + sum(downs[:i]) for i in range(len(downs))]
+    y = top + sum(downs)
     full = y - _GAP + (_LEGEND if legend else 0.0) + _MARGIN
-    long = min(tops[-1] + height - top, 3.0)
-    middle = full - (top + tops[-1] + height) / 2
+    middle = full - top - content / 2
     return Layout(
         size=(total, full),
         cells=[[(left, full - t - height, width, height) for left in lefts] for t in tops],
         bar=(end + 0.14, middle - long / 2, 0.13, long),
+        bar_label=label,
         title=title,
         title_top=full - _MARGIN,
         groups=[
             (heading, (first + last) / 2)
             for heading, (_, first, last) in zip(headings, spans, strict=True)
         ],
-        groups_bottom=full - groups_bottom + _PAD,
+        groups_bottom=full - groups_bottom + _PAD / 4,
         columns=columns,
         rows=names,
         captions=below,

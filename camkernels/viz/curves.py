@@ -73,21 +73,21 @@ def curve_figure(
     if not panels or not all(panels.values()):
         raise ValueError("panels: expected at least one, each with a curve")
     methods = list(dict.fromkeys(method for curves in panels.values() for method in curves))
-    figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels), 3.8 + 0.19 * len(methods)), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (heading, curves) in zip(row, panels.items(), strict=True):
         for method, (shares, scores) in curves.items():
             number = methods.index(method)
             _check_curve(f"panels[{heading!r}][{method!r}]", shares, scores)
-            _draw(axis, method, shares.double().cpu(), scores.double().cpu(), spread, number)
+            strength = max(0.06, 0.2 / len(curves))  # bands lie over each other
+            _draw(axis, method, shares, scores, spread, number, strength)
         axis.set_title(heading, fontsize=11, parse_math=False)
         axis.set_xlabel(X_LABELS.get(heading, "share of pixels"), fontsize=9.5)
         axis.tick_params(labelsize=8.5)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.01)
-        for text in axis.legend(fontsize=8.5, frameon=False, handlelength=3).get_texts():
-            text.set_parse_math(False)
+        _legend(axis)
     row[0].set_ylabel(y_label, fontsize=9.5)
     figure.supxlabel(SPREADS[spread], fontsize=8.5)
     if title:
@@ -103,9 +103,25 @@ def _check_curve(name: str, shares: Tensor, scores: Tensor) -> None:
         )
 
 
+def _legend(axis: Axes) -> None:
+    """Below the axis: inside it would lie on a band."""
+    legend = axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8.5, frameon=False, handlelength=3
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
 def _draw(
-    axis: Axes, method: str, shares: Tensor, scores: Tensor, spread: str, number: int
+    axis: Axes,
+    method: str,
+    shares: Tensor,
+    scores: Tensor,
+    spread: str,
+    number: int,
+    strength: float,
 ) -> None:
+    shares, scores = shares.detach().double().cpu(), scores.detach().double().cpu()
     colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
     sound = scores.isfinite().all(1)
     kept = scores[sound]
@@ -127,5 +143,5 @@ def _draw(
     if spread == "quartiles":
         low, high = kept.quantile(torch.tensor([0.25, 0.75], dtype=kept.dtype), dim=0)
     axis.fill_between(
-        shares.numpy(), low.numpy(), high.numpy(), color=colour, alpha=0.15, linewidth=0
+        shares.numpy(), low.numpy(), high.numpy(), color=colour, alpha=strength, linewidth=0
     )

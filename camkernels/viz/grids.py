@@ -55,7 +55,8 @@ def grid(
         title: above all.
         colormap: of the colour bar, see :func:`overlay`; None for no bar.
         bar_label: what the colours are.
-        cell_width: inches. A cell is as high as the tallest picture needs, at most three times.
+        cell_width: inches. A cell is as high as the tallest picture needs, between a third of its
+            width and three times that.
 
     Returns:
         A figure of rows x columns axes, row by row, and that of the bar; :func:`save` writes it.
@@ -85,7 +86,7 @@ def grid(
         [[_clean(text) for text in line] for line in captions],
         (cell_width, cell_width * _aspect(drawn)),
         title=_clean(title),
-        bar=colormap is not None,
+        bar_label=None if colormap is None else _clean(bar_label),
         legend=any(true) or any(map(any, found)),
     )
     figure = Figure(figsize=layout.size)
@@ -99,7 +100,7 @@ def grid(
             _label_cell(axis, layout, i, j)
     _draw_around(figure, layout, any(true), any(map(any, found)))
     if colormap is not None:
-        _draw_bar(figure, layout, colormap, bar_label)
+        _draw_bar(figure, layout, colormap)
     return figure
 
 
@@ -129,7 +130,7 @@ def _all_boxes(
 def _aspect(drawn: Sequence[Sequence[np.ndarray | None]]) -> float:
     """Height by width of a cell that any of the pictures fits in."""
     found = [one.shape[0] / one.shape[1] for line in drawn for one in line if one is not None]
-    return min(max(found, default=1.0), 3.0)
+    return min(max(*found, 1 / 3), 3.0) if found else 1.0
 
 
 def _clean(text: object) -> str:
@@ -177,6 +178,8 @@ def _draw_around(figure: Figure, layout: _layout.Layout, true: bool, found: bool
             ha="center", va="top", fontsize=_layout.TITLE, parse_math=False,
         )  # fmt: skip
     for heading, center in layout.groups:
+        if not heading:
+            continue
         figure.text(
             center / width, layout.groups_bottom / height, heading,
             ha="center", va="bottom", fontsize=_layout.GROUP, fontweight="bold", parse_math=False,
@@ -190,10 +193,10 @@ def _draw_around(figure: Figure, layout: _layout.Layout, true: bool, found: bool
         )  # fmt: skip
 
 
-def _draw_bar(figure: Figure, layout: _layout.Layout, colormap: str | Colormap, label: str) -> None:
+def _draw_bar(figure: Figure, layout: _layout.Layout, colormap: str | Colormap) -> None:
     colours = ListedColormap(colour_table(colormap).numpy())
     axis = figure.add_axes(layout.share(layout.bar))
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), cax=axis, ticks=[0, 0.5, 1])
-    bar.set_label(_layout.wrapped(label, layout.bar[3], _layout.CAPTION), fontsize=_layout.CAPTION)
+    bar.set_label(layout.bar_label, fontsize=_layout.CAPTION, parse_math=False)
     bar.ax.tick_params(labelsize=_layout.CAPTION)
     bar.outline.set_linewidth(0.5)

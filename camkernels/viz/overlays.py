@@ -194,8 +194,8 @@ def _hatched(shares: Tensor) -> Tensor:
     height, width = shares.shape[2:]
     rows = torch.arange(height, device=shares.device)[:, None]
     columns = torch.arange(width, device=shares.device)
-    period = max(4, min(height, width) // 10)
-    lines = (rows + columns) % period < max(1, period // 5)
+    period = max(4, min(height, width) // 8)
+    lines = (rows + columns) % period < max(1, period // 9)
     return torch.where(lines, 1.0, 0.7 * _without_colour(shares))
 
 

@@ -41,9 +41,9 @@ figure { margin: 1.2rem 0; }
 figure > img { background: #ffffff; }
 figcaption { color: var(--quiet); font-size: 0.92rem; margin-top: 0.35rem; }
 img { max-width: 100%; height: auto; display: block; }
-.sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-.sheet figure { margin: 0; }
-.sheet img { width: 100%; image-rendering: auto; }
+.sheet { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
+.sheet figure { margin: 0; width: 14rem; }
+.sheet img { width: 100%; }
 footer { margin-top: 3rem; color: var(--quiet); font-size: 0.85rem; }
 @media print { main { max-width: none; } figure, tr { break-inside: avoid; } }
 """

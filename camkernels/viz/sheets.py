@@ -59,9 +59,13 @@ def map_sheet(
         boxes = None if box_threshold is None else box_of_map(one.detach(), size, box_threshold)
         found.append([None] * len(images) if boxes is None else list(boxes.cpu()))
     _add_captions(texts, captions or {}, ["input", *shown])
+    if names is None:
+        names = [f"picture {i + 1}" for i in range(len(images))]
+    if len(names) != len(images):
+        raise ValueError(f"names: expected one per image, {len(images)}, got {len(names)}")
     return grid(
         torch.stack(layers, 1).cpu(),
-        [f"picture {i + 1}" for i in range(len(images))] if names is None else names,
+        names,
         groups,
         captions=list(zip(*texts, strict=True)),
         true_boxes=None if true_boxes is None else list(true_boxes),
