@@ -1,11 +1,9 @@
-"""Grids, sheets and curves: what is on them, nothing is cut, matplotlib stays as it was."""
+"""Grids and sheets: what is on them, that nothing is cut, that matplotlib stays as it was."""
 
 from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Iterator
-from itertools import combinations
 from typing import Any
 
 import matplotlib as mpl
@@ -14,11 +12,10 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from torch import Tensor
+from viz.readable import assert_readable
 
 from camkernels import metrics, viz
-from camkernels.viz import curves as lines
 from camkernels.viz._layout import text_width, wrapped
 
 
@@ -43,38 +40,6 @@ def boxes_of(axis: Any) -> list[tuple[Any, ...]]:
         if colour != "#000000":
             found.append((colour, patch.get_linestyle(), patch.get_bbox().bounds))
     return found
-
-
-def ticks_out_of_view(figure: Figure) -> Iterator[Text]:
-    """Labels that matplotlib keeps but does not draw."""
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = axis.get_view_interval()
-            for tick in axis.get_major_ticks():
-                if not low <= tick.get_loc() <= high:
-                    yield tick.label1
-
-
-def assert_readable(figure: Figure) -> None:
-    """All text inside of the figure, large enough, none over another or over a picture."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    unseen = set(ticks_out_of_view(figure))
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-    texts = [t for t in texts if t not in unseen]
-    places = [t.get_window_extent(renderer) for t in texts]
-    for text, place in zip(texts, places, strict=True):
-        assert text.get_fontsize() >= 8, text
-        assert place.x0 >= 0, text
-        assert place.y0 >= 0, text
-        assert place.x1 <= figure.bbox.x1, text
-        assert place.y1 <= figure.bbox.y1, text
-    for (one, here), (other, there) in combinations(zip(texts, places, strict=True), 2):
-        assert not here.overlaps(there), (one, other)
-    pictures = [axis.get_window_extent(renderer) for axis in figure.axes if axis.images]
-    for text, place in zip(texts, places, strict=True):
-        assert not any(place.overlaps(picture) for picture in pictures), text
 
 
 def test_a_grid_has_an_axes_per_cell_and_its_labels() -> None:
@@ -120,11 +85,14 @@ def test_groups_captions_and_empty_cells() -> None:
 LONG = "features.denseblock4.denselayer16.conv2 of a picture with a long name, 0000001.JPEG"
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (4, 2)])
-@pytest.mark.parametrize("size", [(10, 10), (9, 30), (40, 10), (2, 200), (200, 2)])
 @pytest.mark.parametrize("text", ["x", LONG])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((1, 1), (10, 10)), ((1, 7), (9, 30)), ((3, 2), (40, 10)), ((1, 1), (2, 200)),
+     ((2, 1), (200, 2))],
+)  # fmt: skip
 def test_nothing_is_cut_or_laid_over_another(
-    shape: tuple[int, int], size: tuple[int, int], text: str
+    text: str, shape: tuple[int, int], size: tuple[int, int]
 ) -> None:
     rows, columns = shape
     boxes = torch.tensor([1.0, 1.0, 5.0, 5.0])
@@ -150,8 +118,6 @@ def test_dollar_signs_and_control_characters_are_text() -> None:
     figure = viz.grid(cells(1, 1), [name], {name: [name]}, captions=[[name]], title=name)
     assert_readable(figure)
     assert figure.axes[0].get_title() == "$x^$  ?"
-    shares = torch.linspace(0, 1, 5)
-    assert_readable(viz.curve_figure({"$x^$": {"$y_$": (shares, torch.rand(2, 5))}}, title="$z_$"))
 
 
 def test_boxes_are_drawn_where_they_are() -> None:
@@ -281,84 +247,6 @@ def test_bad_input_is_named(call: Any, message: str) -> None:
 def batch_of(name: str) -> tuple[Tensor, dict[str, Tensor]]:
     images, maps = batch()
     return images, {name: maps}
-
-
-def test_curves_are_means_with_their_spread_and_area() -> None:
-    shares, scores = torch.linspace(0, 1, 11).double(), torch.rand(6, 11)
-    figure = viz.curve_figure({"insertion": {"Grad-CAM": (shares, scores)}}, title="Six")
-    (axis,) = figure.axes
-    (line,) = axis.lines
-    assert np.allclose(line.get_xdata(), shares)
-    assert np.allclose(line.get_ydata(), scores.mean(0), atol=1e-6)
-    area = torch.trapezoid(scores.double(), shares, dim=1).mean().item()
-    assert line.get_label() == f"Grad-CAM: AUC {area:.3f}, N = 6"
-    (band,) = axis.collections
-    edges = band.get_paths()[0].vertices
-    assert edges[:, 1].max() == pytest.approx(
-        (scores.mean(0) + scores.std(0)).max().item(), abs=1e-6
-    )
-    assert edges[:, 1].min() == pytest.approx(
-        (scores.mean(0) - scores.std(0)).min().item(), abs=1e-6
-    )
-    assert (axis.get_title(), axis.get_xlabel()) == ("insertion", "share of pixels revealed")
-    assert "one standard deviation" in figure.get_supxlabel()
-    assert_readable(figure)
-
-
-def test_the_band_of_quartiles_and_none() -> None:
-    shares, scores = torch.linspace(0, 1, 4), torch.arange(20.0).view(5, 4)
-    curves = {"other": {"m": (shares, scores)}}
-    (axis,) = viz.curve_figure(curves, spread="quartiles").axes
-    edges = axis.collections[0].get_paths()[0].vertices[:, 1]
-    assert (edges.min(), edges.max()) == (4, 15)
-    assert axis.get_xlabel() == "share of pixels"
-    assert not viz.curve_figure(curves, spread="none").axes[0].collections
-    one = {"other": {"m": (shares, scores[:1])}}
-    assert not viz.curve_figure(one).axes[0].collections
-
-
-def test_pictures_without_numbers_are_left_out_and_counted() -> None:
-    shares, scores = torch.linspace(0, 1, 4), torch.rand(3, 4)
-    scores[1, 2] = math.nan
-    curves = {"deletion": {"some": (shares, scores), "none": (shares, scores[1:2])}}
-    (axis,) = viz.curve_figure(curves).axes
-    assert np.allclose(axis.lines[0].get_ydata(), scores[[0, 2]].mean(0), atol=1e-6)
-    assert axis.lines[0].get_label().endswith("N = 2, 1 left out")
-    assert axis.lines[1].get_label() == "none: no picture, 1 left out"
-
-
-def test_methods_have_one_style_in_all_panels_and_no_two_the_same() -> None:
-    shares = torch.linspace(0, 1, 3)
-    names = [f"m{i}" for i in range(9)]
-    curves = {name: (shares, torch.rand(2, 3)) for name in names}
-    backwards = dict(reversed(curves.items()))
-    figure = viz.curve_figure({"insertion": curves, "deletion": backwards})
-    styles = [
-        {line.get_label().split(":")[0]: (line.get_color(), str(line._unscaled_dash_pattern))
-         for line in axis.lines}
-        for axis in figure.axes
-    ]  # fmt: skip
-    assert styles[0] == styles[1]
-    assert len(set(styles[0].values())) == 9
-    every = {(i % len(lines.COLOURS), i % len(lines.DASHES)) for i in range(35)}
-    assert len(every) == 35
-    assert len(set(lines.COLOURS)) == len(lines.COLOURS)
-    assert_readable(figure)
-
-
-@pytest.mark.parametrize(
-    ("panels", "options", "message"),
-    [
-        ({}, {}, "panels: expected at least one"),
-        ({"a": {}}, {}, "panels: expected at least one, each with a curve"),
-        ({"a": {"m": (torch.ones(3), torch.ones(3))}}, {}, r"panels\['a'\]\['m'\]: .* got \(3,\)"),
-        ({"a": {"m": (torch.ones(3), torch.ones(2, 4))}}, {}, r"\(3,\) and \(2, 4\)"),
-        ({"a": {"m": (torch.ones(3), torch.ones(2, 3))}}, {"spread": "sd"}, "spread: .* 'sd'"),
-    ],
-)
-def test_bad_curves_are_named(panels: Any, options: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        viz.curve_figure(panels, **options)
 
 
 def test_text_is_wrapped_to_its_width() -> None:
