@@ -29,6 +29,7 @@ void define_warped_ssim(py::module_&);
 void define_min_max(py::module_&);
 void define_lp_norm(py::module_&);
 void define_cam_methods(py::module_&);
+void define_best_box_ious(py::module_&);
 
 namespace {
 
@@ -113,4 +114,5 @@ PYBIND11_MODULE(_cpu, module) {
   define_min_max(module);
   define_lp_norm(module);
   define_cam_methods(module);
+  define_best_box_ious(module);
 }
