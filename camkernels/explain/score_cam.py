@@ -23,9 +23,10 @@ SCORES = ("logit", "softmax")
 class ScoreCAM(ImageMaps):
     """Score-CAM maps of images; called by :meth:`explain`, without a gradient.
 
-    M = relu(sum_k w_k A_k),  w = softmax over k of (y_c(x H_k) - y_c(x)),  H_k = A_k scaled to
-    [0, 1] and then enlarged bilinearly to the image. A channel that is constant over the image
-    leaves nothing of it visible, so that all of them together cost one image.
+    M = relu(sum_k w_k A_k),  w = softmax over k of y_c(x H_k),  H_k = A_k scaled to [0, 1] and then
+    enlarged bilinearly to the image. (Softmax takes out the baseline that the paper subtracts from
+    every score.) A channel that is constant over the image leaves nothing of it visible: all of
+    them together cost one image.
 
     Costs one forward of an image per channel. The masked images have the memory format
     ``memory_format``: on a CPU ``torch.channels_last`` makes convolutions faster (a model that
@@ -81,13 +82,11 @@ class ScoreCAM(ImageMaps):
         with self._kept_activations() as activations:
             output = logits_of(self.model(images), logits)
         score = self._score(targets if make_scores(targets) else chosen(output, targets))
-        owner = torch.arange(len(images), device=images.device)
-        before = score(output, owner)
         maps = []
         for values in activations():
             after = self._masked_scores(images, values, score, logits, batch_size)
-            weights = (after - before[:, None]).softmax(1)
-            maps.append(functional.class_activation_map(values, weights, relu=self._relu))
+            weighted = functional.class_activation_map(values, after.softmax(1), relu=self._relu)
+            maps.append(weighted)
         return maps
 
     @contextmanager

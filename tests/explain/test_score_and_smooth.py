@@ -47,11 +47,12 @@ TARGETS = [4, 0, 2]
 
 @pytest.mark.parametrize("score", ["logit", "softmax"])
 @pytest.mark.parametrize("memory_format", [None, torch.channels_last])
-def test_score_cam_by_hand(score: str, memory_format: Any) -> None:
+@pytest.mark.parametrize("layer", ["body", "body.0"])  # not negative, and signed
+def test_score_cam_by_hand(score: str, memory_format: Any, layer: str) -> None:
     model, x = Net().double(), images()
     maps = []
     for image, target in zip(x, TARGETS, strict=True):
-        a = model.body(image[None])[0]
+        a = model.get_submodule(layer)(image[None])[0]
 
         def value(picture: Tensor, target: int = target) -> Tensor:
             logits = model(picture[None])
@@ -65,13 +66,13 @@ def test_score_cam_by_hand(score: str, memory_format: Any) -> None:
         weights = torch.stack(changes).softmax(0)
         maps.append((weights[:, None, None] * a).sum(0).relu())
     expected = torch.stack(maps).detach()
-    with ck.ScoreCAM(model, "body", score=score, memory_format=memory_format) as cam:
+    with ck.ScoreCAM(model, layer, score=score, memory_format=memory_format) as cam:
         for batch_size in (None, 1, 5):
             model.calls = 0
             torch.testing.assert_close(cam.explain(x, TARGETS, batch_size=batch_size), expected)
             live, groups = 4, 3 if batch_size == 1 else 1
             assert model.calls == 3 + 3 * live + groups  # all constant channels are one image
-    signed = ck.ScoreCAM(model, "body", score=score, relu=False).explain(x, TARGETS)
+    signed = ck.ScoreCAM(model, layer, score=score, relu=False).explain(x, TARGETS)
     torch.testing.assert_close(signed.relu(), expected)
 
 
@@ -98,6 +99,12 @@ def test_score_cam_of_pictures_that_are_no_numbers() -> None:
     found = ck.ScoreCAM(model, "body").explain(x, TARGETS)
     torch.testing.assert_close(found[[0, 2]], whole[[0, 2]])
     assert bool(found[1].isnan().any())
+
+
+def test_score_cam_of_one_channel_is_its_positive_part() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    expected = model[0](images())[:, 0].relu().detach()
+    torch.testing.assert_close(ck.ScoreCAM(model, "0").explain(images()), expected)
 
 
 @pytest.mark.parametrize("network", ["squeezenet", "resnet20"])
