@@ -73,11 +73,12 @@ def overlay(
         raise ValueError(f"alpha: expected a share in [0, 1], got {alpha}")
     shares = _shares(images, mean, std)
     check_maps(maps, images)
-    strength = _strength(maps.detach(), (images.shape[2], images.shape[3]), scale)
+    maps = maps.detach()
+    strength = _strength(maps, (images.shape[2], images.shape[3]), scale)
     under = _without_colour(shares) if grey else shares
     index = (strength.nan_to_num(0) * len(table)).long().clamp(0, len(table) - 1)
     mixed = (1 - alpha) * under.movedim(1, -1) + alpha * table.to(images.device)[index]
-    broken = ~maps.detach().flatten(1).isfinite().all(1)
+    broken = ~maps.flatten(1).isfinite().all(1)
     if bool(broken.any()):
         mixed[broken] = _hatched(shares[broken]).movedim(1, -1)
     return _bytes(mixed)
@@ -124,16 +125,13 @@ def check_maps(maps: object, images: Tensor, name: str = "maps") -> None:
 
 
 def _strength(maps: Tensor, size: tuple[int, int], scale: str) -> Tensor:
-    """Maps in [0, 1], (B, H, W); NaN where a map is not finite."""
+    """Maps in [0, 1], (B, H, W); NaN where a map is not finite, or has no maximum to divide by."""
     if scale not in SCALES:
         raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
-    if not len(maps):
-        return maps.new_empty(0, *size)
     if scale == "minmax":
         return enlarged(min_max_normalize(maps), size)
     positive = (maps if maps.dtype == torch.float64 else maps.float()).clamp(min=0)
-    highest = positive.amax((1, 2), keepdim=True)
-    return enlarged(positive / torch.where(highest == 0, 1, highest), size)
+    return enlarged(positive / positive.amax((1, 2), keepdim=True), size)
 
 
 def _shares(images: object, mean: Colours | None, std: Colours | None) -> Tensor:
