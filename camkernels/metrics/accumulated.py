@@ -1,8 +1,9 @@
-"""Metrics over a data set, as torchmetrics Metrics."""
+"""Metrics over a data set, as torchmetrics Metrics: the base, and those that ask a model."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torchmetrics import Metric
 
 from camkernels.explain._run import Logits, Targets, check_images, chosen, evaluating, logits_of
 from camkernels.metrics import confidence, curves
-from camkernels.metrics import regions as shapes
+from camkernels.metrics.road import PERCENTILES, ROADScores, check_road, road
 from camkernels.taps.modules import unwrap
 
 
@@ -29,10 +30,14 @@ class _Means(Metric):
             zero = torch.zeros((), dtype=torch.float64)
             self.add_state(name, default=zero, dist_reduce_fx="sum")
 
-    def _add(self, **values: Tensor) -> None:
+    def _add(self, kept: Tensor | None = None, **values: Tensor) -> None:
+        """Add values (B,) of a batch, those that are ``kept`` (B,) only."""
         for name, value in values.items():
-            setattr(self, name, getattr(self, name) + value.detach().double().sum())
-        self.count = self.count + len(next(iter(values.values())))
+            wide = value.detach().double()
+            wide = wide if kept is None else torch.where(kept, wide, 0.0)
+            setattr(self, name, getattr(self, name) + wide.sum())
+        added = len(next(iter(values.values()))) if kept is None else kept.sum()
+        self.count = self.count + added
 
     def compute(self) -> Any:
         """The mean; NaN where nothing came."""
@@ -170,36 +175,35 @@ class DeletionAUC(InsertionAUC):
         self._add(value=area)
 
 
-class PointingGame(_Means):
-    """Share of maps whose maximum lies in the region; a dead map misses."""
-
-    def update(self, maps: Tensor, regions: Tensor, size: tuple[int, int]) -> None:
-        """Add a batch: maps (B, h, w), boxes (B, 4) or masks (B, H, W), size of the picture."""
-        self._add(value=shapes.localisation(maps, regions, size)[0])
-
-
-class EnergyInRegion(_Means):
-    """Mean share of the energy of maps (not negative) that lies in the region; 0 for a dead map."""
-
-    def update(self, maps: Tensor, regions: Tensor, size: tuple[int, int]) -> None:
-        """Add a batch: maps (B, h, w), boxes (B, 4) or masks (B, H, W), size of the picture."""
-        self._add(value=shapes.localisation(maps, regions, size)[1])
-
-
-class BoxIoU(_Means):
-    """Mean intersection over union of boxes made from maps with true ones.
+class ROAD(_OfModel):
+    """Means of :class:`camkernels.metrics.ROADScores`, by their names.
 
     Args:
-        threshold: share of the map's maximum, see :func:`camkernels.metrics.box_of_map`.
+        model, batch_size, logits: as for :class:`ConfidenceChange`.
+        percentiles, noise, seed: see :func:`camkernels.metrics.road`.
     """
 
-    def __init__(self, threshold: float = 0.15, **options: Any) -> None:
-        super().__init__(**options)
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold: expected a share in (0, 1], got {threshold}")
-        self._threshold = threshold
+    NAMES = ROADScores._fields
 
-    def update(self, maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
-        """Add a batch: maps (B, h, w), boxes (B, 4) as top, left, height, width, in pixels."""
-        found = shapes.box_of_map(maps, size, self._threshold)
-        self._add(value=shapes.box_iou(found, boxes))
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        percentiles: Sequence[float] = PERCENTILES,
+        noise: float = 0.01,
+        seed: int = 0,
+        batch_size: int = 64,
+        logits: Logits | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, batch_size=batch_size, logits=logits, **options)
+        check_road(percentiles, noise)
+        self._road: dict[str, Any] = {
+            "percentiles": tuple(percentiles),
+            "noise": noise,
+            "seed": seed,
+        }
+
+    def _measure(self, score: curves.Score, images: Tensor, maps: Tensor) -> None:
+        found = road(score, images, maps, batch_size=self._batch_size, **self._road)
+        self._add(**found._asdict())

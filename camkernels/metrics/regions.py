@@ -63,6 +63,15 @@ def inside(regions: Tensor, size: tuple[int, int]) -> Tensor:
     return inside_rows[:, :, None] & inside_columns[:, None, :]
 
 
+def missing(regions: Tensor) -> Tensor:
+    """Which pictures have no region, (B,) bool: boxes whose height or width is not above 0, or with
+    NaN; masks without a pixel. See :func:`inside`."""
+    if regions.dtype == torch.bool:
+        return ~regions.flatten(1).any(1)
+    some = (regions[:, 2:] > 0).all(1) & ~regions.isnan().any(1)
+    return ~some
+
+
 def localisation(maps: Tensor, regions: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Whether each map's maximum lies inside its region, and the share of its energy there.
 
