@@ -10,6 +10,7 @@ from benchmarks.members import (
     cam_statistics,
     consistency,
     gradient_error,
+    insertion,
     linearity,
     map_statistics,
     relu,
@@ -39,6 +40,7 @@ MEMBERS: dict[str, Benchmark] = {
         step_engine.BENCHMARK,
         step_engine.BFLOAT16,
         step_explainers.BENCHMARK,
+        insertion.BENCHMARK,
     )
 }
 
