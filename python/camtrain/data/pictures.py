@@ -16,6 +16,14 @@ from camtrain.errors import DamagedDataError
 # Of ImageNet, which torchvision's trained networks expect.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+_UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,  # a damaged header claims a picture of gigabytes
+)
+
 
 class Box(NamedTuple):
     """Pixels of the picture, from 0; top and left inclusive, so that 1 .. 10 has height 10."""
@@ -27,15 +35,20 @@ class Box(NamedTuple):
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The decoded picture in RGB.
+    """The decoded picture in RGB; 16 bits per pixel become 8.
 
     Raises:
-        DamagedDataError: a file that cannot be decoded to its end.
+        DamagedDataError: a file that cannot be decoded to its end, or whose pixels are floats.
     """
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise ValueError("its pixels are floats, whose range is not known")
+            if image.mode.startswith("I"):  # convert() cuts 16 bits at 255: all white
+                high = np.asarray(image).clip(0, 65535) >> 8
+                return Image.fromarray(high.astype(np.uint8)).convert("RGB")
             return image.convert("RGB")  # decodes; a truncated file raises here
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise DamagedDataError(f"damaged picture {path}: {error}") from error
 
 
