@@ -23,6 +23,44 @@ def test_the_papers_settings_are_the_defaults_on_voc() -> None:
     assert config.regularizer == "entropy"
 
 
+def test_the_papers_settings_are_the_defaults_on_stanford_dogs() -> None:
+    config = parse("--data", "stanford-dogs", "--root", "somewhere")
+    assert (config.optimizer, config.lr, config.momentum, config.batch_size) == ("sgd", 0.01, 0, 16)
+    assert (config.arch, config.weights, config.image_size) == ("resnet50", "pretrained", 224)
+    assert (config.epochs, config.augment, config.weight_decay, config.lr_step) == (2, False, 0, 0)
+    # the consistency recipe brings an optimiser of its own
+    config = parse("--data", "stanford-dogs", "--root", "r", "--recipe", "consistency")
+    assert (config.lr, config.momentum, config.weight_decay) == (1e-3, 0.9, 1e-4)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_cifar_is_small(data: str) -> None:
+    config = parse("--data", data, "--root", "somewhere")
+    assert (config.arch, config.image_size, config.weights) == ("smallresnet", 32, None)
+
+
+def test_a_folder_is_trained_at_the_usual_size() -> None:
+    config = parse("--data", "folder", "--root", "somewhere")
+    assert (config.image_size, config.damaged, config.weights) == (224, "skip", None)
+
+
+@pytest.mark.parametrize(
+    ("data", "holds"),
+    [
+        ("voc", "VOCdevkit"),
+        ("cub", "CUB_200_2011"),
+        ("caltech101", "101_ObjectCategories"),
+        ("stanford-dogs", r"Images, Annotation, train_list\.mat"),
+        ("cifar10", "cifar-10-batches-py, or train/<class>/"),
+        ("cifar100", "cifar-100-python, or train/<class>/"),
+        ("folder", "or a folder for each class"),
+    ],
+)
+def test_data_on_disk_needs_a_root(data: str, holds: str) -> None:
+    with pytest.raises(CamtrainError, match=rf"root: --data {data} needs --root, .*{holds}"):
+        parse("--data", data)
+
+
 def test_flags_go_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("data: voc\nroot: r\nbeta: 5\nlr: 1e-4\nbatch-size: 7\n")
@@ -47,6 +85,11 @@ def test_the_baseline_has_no_regulariser() -> None:
         ("regularizer: width", "allowed are entropy, area, dispersion"),
         ("difficult: 1", "difficult must be bool"),
         ("data: voc", "--root"),
+        ("data: stanford_dogs", "data: got 'stanford_dogs'; did you mean stanford-dogs"),
+        ("data: cifar", "did you mean cifar10 or cifar100.*allowed are digits, voc"),
+        ("image-sise: 3", "unknown key 'image-sise'; did you mean image_size"),
+        ("crop-scal: 3", "unknown key 'crop-scal'; did you mean crop_scale"),
+        ("momentun: 0.9", "unknown key 'momentun'; did you mean momentum"),
         ("- epochs", "mapping"),
         ("a: [", "not YAML"),
         ("lr: 0", "lr: must be above 0"),

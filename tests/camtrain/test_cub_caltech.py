@@ -158,6 +158,12 @@ def test_lists_that_do_not_fit_are_refused(
         caltech.read(objects.root)
 
 
+def test_a_single_class_is_refused_before_training(objects: TinyCaltech, tiny: Tiny) -> None:
+    shutil.rmtree(objects.folder / "Faces")
+    with pytest.raises(CamtrainError, match=r"caltech101: .* holds a single class, 'ant'"):
+        CamtrainData(tiny(data="caltech101", root=str(objects.root), arch="smallresnet"))
+
+
 def test_missing_caltech_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(CamtrainError, match=r"no folder .*nowhere"):
         caltech.read(tmp_path / "nowhere")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from camtrain.config import FitConfig
+from camtrain.data.module import CamtrainData
 from camtrain.data.sampling import Draw, EpochSampler
 from camtrain.data.voc import CLASSES, Box, VOCBoxes, crop, read_annotation
 from camtrain.errors import CamtrainError, DamagedDataError
 from PIL import Image
 from voc_files import PART, TinyVOC
+
+Tiny = Callable[..., FitConfig]
 
 
 def test_coordinates_count_from_one_and_both_ends_are_inside(voc: TinyVOC) -> None:
@@ -150,6 +156,38 @@ def test_replicas_share_the_samples() -> None:
     ]
     assert len(parts[0]) == len(parts[1]) == 4
     assert set(parts[0]) | set(parts[1]) == set(range(7))
+
+
+@pytest.fixture
+def both_years(voc: TinyVOC) -> TinyVOC:
+    """VOC2007 of the fixture, and VOC2012 with one picture to train and one to test on."""
+    later = TinyVOC(voc.root, "2012")
+    later.add("2008_000001", {"name": "cow", "box": ("1.5", "1.5", "20.5", "20.5")})
+    later.add("2008_000002", {"name": "car", "box": (1, 1, 20, 20)})
+    later.split("train", "2008_000001")
+    later.split("val", "2008_000002")
+    later.split("trainval", "2008_000001", "2008_000002")
+    return voc
+
+
+def test_both_years_together_and_2012_alone(both_years: TinyVOC, tiny: Tiny) -> None:
+    root = both_years.root
+    config = tiny(data="voc", root=str(root), arch="smallresnet", limit_train=None)
+    assert (config.sets, config.test_sets) == ("2007:trainval,2012:trainval", "2007:test")
+    data = CamtrainData(config)
+    assert (len(data.train), len(data.test)) == (5, 2)
+    shutil.rmtree(root / "VOCdevkit" / "VOC2007")
+    sets = {"sets": "2012:trainval", "test_sets": "2012:val"}
+    data = CamtrainData(tiny(data="voc", root=str(root), arch="smallresnet", **sets))
+    assert [CLASSES[s.objects[0].target] for s in data.train.samples] == ["cow", "car"]
+    assert [CLASSES[s.objects[0].target] for s in data.test.samples] == ["car"]
+    assert data.train.samples[0].objects[0].box == Box(0.5, 0.5, 20, 20)
+
+
+def test_sets_of_a_single_class_are_refused(both_years: TinyVOC, tiny: Tiny) -> None:
+    sets = {"sets": "2012:train", "test_sets": "2012:val", "limit_train": None}
+    with pytest.raises(CamtrainError, match="VOC: 2012:train holds a single class, 'cow'"):
+        CamtrainData(tiny(data="voc", root=str(both_years.root), arch="smallresnet", **sets))
 
 
 def test_the_real_subset(shared_data: Path) -> None:

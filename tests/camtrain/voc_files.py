@@ -35,11 +35,11 @@ PART = """<part>
 
 
 class TinyVOC:
-    """Writes pictures and annotations under ``root/VOCdevkit/VOC2007``."""
+    """Writes pictures and annotations under ``root/VOCdevkit/VOC<year>``."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, year: str = "2007") -> None:
         self.root = root
-        self.folder = root / "VOCdevkit" / "VOC2007"
+        self.folder = root / "VOCdevkit" / f"VOC{year}"
         for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
             (self.folder / part).mkdir(parents=True)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
-from camtrain.data.labelled import Sample, Splits, check_classes, check_files
+from camtrain.data.labelled import Sample, Splits, check_apart, check_classes, check_files
 from camtrain.data.sampling import generator
 from camtrain.errors import CamtrainError
 
@@ -57,14 +57,9 @@ def read(root: Path) -> Splits:
 
 def _listed(folder: Path, classes: tuple[str, ...], lists: list[Path]) -> Splits:
     train, test = (_read_list(folder, classes, path) for path in lists)
-    both = {sample.path for sample in train} & {sample.path for sample in test}
-    if both:
-        more = f" and {len(both) - 1} more are" if len(both) > 1 else " is"
-        raise CamtrainError(
-            f"Caltech-101: {min(both)}{more} in both {lists[0].name} and {lists[1].name} of "
-            f"{folder.parent}"
-        )
-    return Splits(classes, train, test)
+    splits = Splits(classes, train, test)
+    check_apart("Caltech-101", splits, lists[0].name, f"{lists[1].name} of {folder.parent}")
+    return splits
 
 
 def _read_list(folder: Path, classes: tuple[str, ...], path: Path) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""Picture files with one class each: what CUB-200-2011 and Caltech-101 have in common."""
+"""Pictures with one class each: what all data sets but VOC and the digits have in common."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,6 +34,8 @@ class Splits(NamedTuple):
     test: list[Sample]
     note: str = ""
     """What the user should know about the split."""
+    skipped: tuple[str, ...] = ()
+    """Messages on annotations that cannot be read, whose pictures are left out."""
 
 
 class LabelledPictures(Dataset[dict[str, Any]]):
@@ -54,8 +57,10 @@ class LabelledPictures(Dataset[dict[str, Any]]):
     left, height, width in pixels of ``images``; or, for a file that cannot be decoded, ``damaged``.
     """
 
-    mean, std = MEAN, STD
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
     note = ""
+    skipped: tuple[str, ...] | list[str] = ()
 
     def __init__(
         self,
@@ -72,10 +77,10 @@ class LabelledPictures(Dataset[dict[str, Any]]):
         self.classes, self.image_size = classes, image_size
         self.augment, self.crop_scale = augment, crop_scale
         self.damaged, self.seed = damaged, seed
-        self.samples = list(samples)
-        if limit is not None and limit < len(self.samples):
-            chosen = np.linspace(0, len(self.samples), limit, endpoint=False).astype(int)
-            self.samples = [self.samples[index] for index in chosen]
+        self.chosen = np.arange(len(samples))
+        if limit is not None and limit < len(samples):
+            self.chosen = np.linspace(0, len(samples), limit, endpoint=False).astype(int)
+        self.samples = [samples[index] for index in self.chosen]
         self.boxed = not augment and all(sample.box is not None for sample in self.samples)
 
     def __len__(self) -> int:
@@ -85,24 +90,34 @@ class LabelledPictures(Dataset[dict[str, Any]]):
         draw = draw if isinstance(draw, Draw) else Draw(0, draw)
         sample = self.samples[draw.index]
         try:
-            picture = read_picture(sample.path)
+            picture = self._picture(draw.index)
         except DamagedDataError as error:
             if self.damaged == "error":
                 raise
             return {"damaged": str(error)}
         if self.augment:
-            rng = generator(self.seed, 6, draw.epoch, draw.index)
-            cut = random_crop(rng, picture.height, picture.width, (self.crop_scale, 1.0))
-            image = resized(picture, cut, self.image_size)
-            image = image.flip(2) if rng.random() < 0.5 else image
+            image = self._drawn(picture, generator(self.seed, 6, draw.epoch, draw.index))
         else:
-            cut = centre(picture.height, picture.width)
+            cut = self._cut(picture)
             image = resized(picture, cut, self.image_size)
         item: dict[str, Any] = {"images": image, "targets": torch.tensor(sample.target)}
         if self.boxed:
             assert sample.box is not None
             item["boxes"] = moved(sample.box, cut, self.image_size)
         return item
+
+    def _picture(self, index: int) -> Image.Image:
+        return read_picture(self.samples[index].path)
+
+    def _drawn(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+        """What is trained on."""
+        cut = random_crop(rng, picture.height, picture.width, (self.crop_scale, 1.0))
+        image = resized(picture, cut, self.image_size)
+        return image.flip(2) if rng.random() < 0.5 else image
+
+    def _cut(self, picture: Image.Image) -> Box:
+        """The part that is tested on."""
+        return centre(picture.height, picture.width)
 
     def name(self, index: int) -> str:
         """Class folder and file, for tables."""
@@ -120,7 +135,14 @@ def moved(box: Box, cut: Box, size: int) -> Tensor:
 
 
 def check_classes(name: str, source: Path, splits: Splits) -> None:
-    """Every class needs a picture to learn from, and something must be left to test on."""
+    """Labels name a class, every class has something to learn from, something is left to test."""
+    strange = [s for s in splits.train + splits.test if not 0 <= s.target < len(splits.classes)]
+    if strange:
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise CamtrainError(
+            f"{name}: {strange[0].path} has label {strange[0].target}{more}; {source} names "
+            f"{len(splits.classes)} classes, labels 0 to {len(splits.classes) - 1}"
+        )
     counts = Counter(sample.target for sample in splits.train)
     bare = [title for index, title in enumerate(splits.classes) if not counts[index]]
     if bare:
@@ -139,3 +161,20 @@ def check_files(name: str, samples: Sequence[Sample], source: Path) -> None:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CamtrainError(f"{name}: no file {missing[0]}{more}, which {source} names")
+
+
+def check_apart(name: str, splits: Splits, train: str, test: str) -> None:
+    """No picture may be both learnt from and tested on."""
+    both = {sample.path for sample in splits.train} & {sample.path for sample in splits.test}
+    if both:
+        more = f" and {len(both) - 1} more are" if len(both) > 1 else " is"
+        raise CamtrainError(f"{name}: {min(both)}{more} in both {train} and {test}")
+
+
+def check_several(name: str, root: Path | str, classes: Sequence[str]) -> None:
+    """A classifier needs two classes."""
+    if len(classes) == 1:
+        raise CamtrainError(
+            f"{name}: {root} holds a single class, {classes[0]!r}; there is nothing to tell apart, "
+            "a classifier needs at least 2"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from camtrain.config import FitConfig
-from camtrain.data import caltech, cub
+from camtrain.data import caltech, cifar, cub, dogs, folder
 from camtrain.data.digits import SIZES, Digits
-from camtrain.data.labelled import LabelledPictures
+from camtrain.data.labelled import LabelledPictures, Splits, check_several
 from camtrain.data.sampling import EpochSampler
-from camtrain.data.voc import VOCBoxes
+from camtrain.data.voc import VOCBoxes, describe_skipped
+
+log = logging.getLogger("camtrain")
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,7 +49,9 @@ class CamtrainData(pl.LightningDataModule):
     @property
     def skipped(self) -> list[str]:
         """Messages on annotation files that could not be read."""
-        return getattr(self.train, "skipped", []) + getattr(self.test, "skipped", [])
+        return [
+            message for part in (self.train, self.test) for message in getattr(part, "skipped", ())
+        ]
 
     @property
     def note(self) -> str:
@@ -99,8 +105,15 @@ def _datasets(config: FitConfig) -> tuple[Any, Any]:
         )
         return train, test
     assert config.root is not None  # config.validate
-    if config.data in _READERS:
-        return _labelled(config, Path(config.root))
+    if config.data == "voc":
+        return _voc(config)
+    if config.data in cifar.KINDS:
+        return _cifar(config, Path(config.root))
+    return _labelled(config, Path(config.root))
+
+
+def _voc(config: FitConfig) -> tuple[VOCBoxes, VOCBoxes]:
+    assert config.root is not None
     common: dict[str, Any] = {
         "difficult": config.difficult,
         "damaged": config.damaged,
@@ -118,25 +131,49 @@ def _datasets(config: FitConfig) -> tuple[Any, Any]:
         limit=config.limit_test,
         **common,
     )
+    if config.limit_train is None:
+        targets = {thing.target for sample in train.samples for thing in sample.objects}
+        check_several("VOC", config.sets, [train.classes[target] for target in targets])
     return train, test
 
 
-_READERS = {"cub": cub.read, "caltech101": caltech.read}
+_READERS: dict[str, Callable[[Path, FitConfig], Splits]] = {
+    "cub": lambda root, config: cub.read(root),
+    "caltech101": lambda root, config: caltech.read(root),
+    "stanford-dogs": lambda root, config: dogs.read(root, damaged=config.damaged),
+    "folder": lambda root, config: folder.read(root, config.seed),
+}
+
+
+def _options(config: FitConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What :class:`LabelledPictures` takes, for training and for testing."""
+    common: dict[str, Any] = {"damaged": config.damaged, "seed": config.seed}
+    train = {"augment": config.augment, "crop_scale": config.crop_scale}
+    return (
+        {**common, **train, "limit": config.limit_train},
+        {**common, "limit": config.limit_test},
+    )
 
 
 def _labelled(config: FitConfig, root: Path) -> tuple[LabelledPictures, LabelledPictures]:
-    splits = _READERS[config.data](root)
-    common: dict[str, Any] = {"damaged": config.damaged, "seed": config.seed}
-    size = config.image_size
-    train = LabelledPictures(
-        splits.train,
-        splits.classes,
-        size,
-        augment=config.augment,
-        crop_scale=config.crop_scale,
-        limit=config.limit_train,
-        **common,
+    splits = _READERS[config.data](root, config)
+    check_several(config.data, root, splits.classes)
+    train, test = (
+        LabelledPictures(samples, splits.classes, config.image_size, **options)
+        for samples, options in zip((splits.train, splits.test), _options(config), strict=True)
     )
-    test = LabelledPictures(splits.test, splits.classes, size, limit=config.limit_test, **common)
-    train.note = splits.note
+    train.note, train.skipped = splits.note, splits.skipped
+    if splits.skipped:
+        log.warning("%s", describe_skipped(list(splits.skipped)))
+    return train, test
+
+
+def _cifar(config: FitConfig, root: Path) -> tuple[LabelledPictures, LabelledPictures]:
+    found = cifar.read(root, config.data)
+    parts = ((found.splits.train, found.train), (found.splits.test, found.test))
+    train, test = (
+        cifar.CifarPictures(samples, pixels, config.data, config.image_size, **options)
+        for (samples, pixels), options in zip(parts, _options(config), strict=True)
+    )
+    train.note = found.splits.note
     return train, test

@@ -15,7 +15,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,25 +68,29 @@ class VOCSample:
     objects: tuple[VOCObject, ...]
 
 
-def read_annotation(path: Path) -> tuple[VOCObject, ...]:
+class Described(NamedTuple):
+    """An object as its XML file describes it."""
+
+    name: str
+    corners: tuple[float, float, float, float]
+    """xmin, ymin, xmax, ymax, as they stand there."""
+    difficult: bool
+
+
+def read_objects(path: Path) -> list[Described]:
     """The objects of one XML file; parts of persons are no objects.
 
-    Coordinates in the file count from 1, both ends inclusive, and are floats in some files.
-
     Raises:
-        DamagedDataError: not XML, or an object without name or box, with an unknown class or with
-            a box of no area.
+        DamagedDataError: not XML, or an object without name or box.
     """
     try:
         root = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
+    except (ElementTree.ParseError, UnicodeDecodeError, OSError) as error:
         raise DamagedDataError(f"broken XML {path}: {error}") from error
-    objects = []
+    found = []
     for node in root.findall("object"):
         name = (node.findtext("name") or "").strip()
         box = node.find("bndbox")  # a direct child: part/bndbox is another thing
-        if name not in CLASSES:
-            raise DamagedDataError(f"{path}: object of unknown class {name!r}")
         if box is None:
             raise DamagedDataError(f"{path}: object {name!r} has no bndbox")
         try:
@@ -95,10 +99,26 @@ def read_annotation(path: Path) -> tuple[VOCObject, ...]:
             )
         except ValueError:
             raise DamagedDataError(f"{path}: object {name!r}: a coordinate is no number") from None
+        difficult = (node.findtext("difficult") or "0").strip() == "1"
+        found.append(Described(name, (x0, y0, x1, y1), difficult))
+    return found
+
+
+def read_annotation(path: Path) -> tuple[VOCObject, ...]:
+    """The objects of one XML file of VOC.
+
+    Coordinates in the file count from 1, both ends inclusive, and are floats in some files.
+
+    Raises:
+        DamagedDataError: as :func:`read_objects`; an unknown class, a box of no area.
+    """
+    objects = []
+    for name, (x0, y0, x1, y1), difficult in read_objects(path):
+        if name not in CLASSES:
+            raise DamagedDataError(f"{path}: object of unknown class {name!r}")
         height, width = y1 - y0 + 1, x1 - x0 + 1
         if not (0 < height < math.inf and 0 < width < math.inf):
             raise DamagedDataError(f"{path}: object {name!r}: box of no area")
-        difficult = (node.findtext("difficult") or "0").strip() == "1"
         objects.append(
             VOCObject(CLASSES.index(name), Box(y0 - 1, x0 - 1, height, width), difficult)
         )
