@@ -18,6 +18,7 @@ from camtrain.data.sampling import Draw, generator
 from camtrain.errors import CamtrainError, DamagedDataError
 from picture_files import BIRDS, TinyCaltech, TinyCUB
 from PIL import Image
+from scipy.io import savemat
 
 Tiny = Callable[..., FitConfig]
 
@@ -120,6 +121,41 @@ def test_a_rule_splits_caltech_and_says_so(objects: TinyCaltech) -> None:
     shutil.rmtree(objects.folder / "Faces")
     ants = [s.path for s in splits.test if s.target == 1]
     assert [s.path for s in caltech.read(objects.root).test] == ants
+
+
+def test_annotations_of_caltech_give_boxes(objects: TinyCaltech) -> None:
+    assert all(s.box is None for s in caltech.read(objects.root).test)
+    objects.annotate()
+    splits = caltech.read(objects.root)
+    # rows 9 to 28 and columns 7 to 36, from 1 and both ends inside; Faces has its boxes in Faces_2
+    assert {s.box for s in splits.train + splits.test} == {Box(8, 6, 20, 30)}
+    assert LabelledPictures(splits.test, splits.classes, 16)[0]["boxes"].shape == (4,)
+    caltech.annotation(splits.test[0].path).unlink()
+    splits = caltech.read(objects.root)
+    assert "4 to test on; 1 pictures have no annotation in " in splits.note
+    assert "boxes" not in LabelledPictures(splits.test, splits.classes, 16)[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no MATLAB 5 file"),
+        ({"obj_contour": [1]}, r"no variable box_coord \(there: obj_contour\)"),
+        ({"box_coord": [1, 2, 3]}, "box_coord must be 4 numbers"),
+        ({"box_coord": [9, 8, 1, 2]}, "box of no area"),
+    ],
+)
+def test_a_damaged_annotation_is_an_error_or_skipped(
+    objects: TinyCaltech, content: dict[str, list[int]] | None, message: str
+) -> None:
+    objects.annotate()
+    path = objects.root / "Annotations" / "ant" / "annotation_0003.mat"
+    path.write_text("") if content is None else savemat(path, content)
+    with pytest.raises(DamagedDataError, match=message):
+        caltech.read(objects.root)
+    splits = caltech.read(objects.root, damaged="skip")
+    assert len(splits.train + splits.test) == 11
+    assert [path.name in line for line in splits.skipped] == [True]
 
 
 def test_lists_decide_where_they_are(objects: TinyCaltech) -> None:

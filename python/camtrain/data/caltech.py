@@ -3,25 +3,37 @@
 Layout under ``root``, ``root/caltech101`` (as torchvision has it), or ``root`` itself::
 
     101_ObjectCategories/<class>/image_0001.jpg      train.txt, test.txt: lines of <class>/<file>
+    Annotations/<class>/annotation_0001.mat          box_coord: top, bottom, left, right, from 1
 
-There is no official split. Where both lists lie beside the folder they decide; else each class is
-split 2 : 1 by a fixed rule, the same on every machine and for every seed. ``BACKGROUND_Google`` is
-no class.
+Where ``Annotations`` is there, boxes are read from it. There is no official split. Where both lists
+lie beside the folder they decide; else each class is split 2 : 1 by a fixed rule, the same on every
+machine and for every seed. ``BACKGROUND_Google`` is no class.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
 
 from camtrain.data.labelled import Sample, Splits, check_apart, check_classes, check_files
+from camtrain.data.matlab import read_mat
+from camtrain.data.pictures import Box
 from camtrain.data.sampling import generator
-from camtrain.errors import CamtrainError
+from camtrain.errors import CamtrainError, DamagedDataError
 
 FOLDER = "101_ObjectCategories"
 BACKGROUND = "BACKGROUND_Google"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LISTS = ("train.txt", "test.txt")
+ANNOTATIONS = "Annotations"
+# Folders of annotations whose names are not those of the pictures.
+RENAMED = {
+    "Faces": "Faces_2",
+    "Faces_easy": "Faces_3",
+    "Motorbikes": "Motorbikes_16",
+    "airplanes": "Airplanes_Side_2",
+}
 
 
 def find(root: Path) -> Path:
@@ -34,8 +46,13 @@ def find(root: Path) -> Path:
     raise CamtrainError(f"root: no folder {root / FOLDER}")
 
 
-def read(root: Path) -> Splits:
+def read(root: Path, *, damaged: str = "error") -> Splits:
     """Classes, in the order of their names, and both splits.
+
+    Args:
+        root: see above.
+        damaged: ``"skip"`` leaves out pictures whose annotation cannot be read and names them in
+            ``skipped``, ``"error"`` raises.
 
     Raises:
         CamtrainError: a folder or file that is missing, one list without the other, a line that
@@ -51,8 +68,60 @@ def read(root: Path) -> Splits:
         (missing,) = set(lists) - set(there)
         raise CamtrainError(f"Caltech-101: {there[0]} is there, but no file {missing}")
     splits = _listed(folder, classes, lists) if there else _ruled(folder, classes)
+    if (folder.parent / ANNOTATIONS).is_dir():
+        splits = _boxed(splits, folder, damaged)
     check_classes("Caltech-101", folder, splits)
     return splits
+
+
+def annotation(picture: Path) -> Path:
+    """The annotation that belongs to a picture."""
+    label = picture.parent.name
+    number = picture.stem.rpartition("_")[2]
+    place = picture.parent.parent.parent / ANNOTATIONS / RENAMED.get(label, label)
+    return place / f"annotation_{number}.mat"
+
+
+def read_box(path: Path) -> Box:
+    """The box of one annotation.
+
+    Raises:
+        DamagedDataError: no MATLAB file, no box_coord of four numbers, a box of no area.
+    """
+    (coordinates,) = read_mat(path, "box_coord")
+    try:
+        y0, y1, x0, x1 = (float(value) for value in coordinates.ravel())
+    except (TypeError, ValueError):
+        raise DamagedDataError(f"{path}: box_coord must be 4 numbers, got {coordinates}") from None
+    height, width = y1 - y0 + 1, x1 - x0 + 1
+    if not (0 < height < math.inf and 0 < width < math.inf):
+        raise DamagedDataError(f"{path}: box of no area")
+    return Box(y0 - 1, x0 - 1, height, width)
+
+
+def _boxed(splits: Splits, folder: Path, damaged: str) -> Splits:
+    skipped: list[str] = []
+    bare = 0
+    parts: list[list[Sample]] = []
+    for samples in (splits.train, splits.test):
+        parts.append([])
+        for sample in samples:
+            path = annotation(sample.path)
+            if not path.is_file():
+                bare += 1
+                parts[-1].append(sample)
+                continue
+            try:
+                parts[-1].append(sample._replace(box=read_box(path)))
+            except DamagedDataError as error:
+                if damaged == "error":
+                    raise
+                skipped.append(str(error))
+    note = splits.note
+    if bare:
+        note += "; " if note else "caltech101: "
+        note += f"{bare} pictures have no annotation in {folder.parent / ANNOTATIONS}"
+    return Splits(splits.classes, *parts, note, tuple(skipped))
 
 
 def _listed(folder: Path, classes: tuple[str, ...], lists: list[Path]) -> Splits:

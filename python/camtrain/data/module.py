@@ -139,7 +139,7 @@ def _voc(config: FitConfig) -> tuple[VOCBoxes, VOCBoxes]:
 
 _READERS: dict[str, Callable[[Path, FitConfig], Splits]] = {
     "cub": lambda root, config: cub.read(root),
-    "caltech101": lambda root, config: caltech.read(root),
+    "caltech101": lambda root, config: caltech.read(root, damaged=config.damaged),
     "stanford-dogs": lambda root, config: dogs.read(root, damaged=config.damaged),
     "folder": lambda root, config: folder.read(root, config.seed),
 }
