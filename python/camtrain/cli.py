@@ -1,4 +1,4 @@
-"""The command line: ``camtrain fit``, ``camtrain study`` and ``camtrain demo``."""
+"""The command line: ``camtrain fit``, ``study``, ``explain``, ``evaluate`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from camtrain import cli_explain
 from camtrain import config as configuration
 from camtrain.config import CHOICES, FitConfig
 from camtrain.errors import CamtrainError
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
     _add_fields(fit)
     _add_study(commands)
+    cli_explain.add(commands)
 
     demo = commands.add_parser("demo", help="what CAM entropy changes, on digits, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for table and figures")
@@ -171,6 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fit(arguments)
         if arguments.command == "study":
             return _study(arguments)
+        if arguments.command in ("explain", "evaluate"):
+            _import_training()
+            run = cli_explain.explain if arguments.command == "explain" else cli_explain.evaluate
+            return run(arguments)
         return _demo(arguments)
     except CamtrainError as error:
         print(f"camtrain: {error}", file=sys.stderr)

@@ -39,6 +39,7 @@ from camtrain.recorder import (
     checkpoint_epoch,
     partial_files,
 )
+from camtrain.trained import write_classes
 from camtrain.training import Classifier, make_classifier
 from camtrain.trivial import TrivialSolutions
 
@@ -74,10 +75,10 @@ def fit(
 ) -> Run:
     """Train by ``config`` and write the run folder ``config.out``.
 
-    The folder holds ``config.yaml``, ``environment.json``, ``metrics.csv`` (one row per epoch with
-    time and peak memory), ``curves.png``, ``overlays.png``, ``model.pt`` (a state_dict),
-    ``summary.json``, ``checkpoints/last.ckpt``, and the logs of CSV and TensorBoard; with the
-    recipe ``consistency`` also ``consistency_scores.csv`` and ``consistency_scores.png``.
+    The folder holds ``config.yaml``, ``environment.json``, ``classes.json``, ``metrics.csv`` (one
+    row per epoch with time and peak memory), ``curves.png``, ``overlays.png``, ``model.pt`` (a
+    state_dict), ``summary.json``, ``checkpoints/last.ckpt``, and the logs of CSV and TensorBoard;
+    with the recipe ``consistency`` also ``consistency_scores.csv`` and ``consistency_scores.png``.
 
     Args:
         config: of the run.
@@ -108,6 +109,7 @@ def fit(
             callbacks.append(TrivialSolutions(config, recorder))
         trainer = _trainer(config, folder, callbacks, progress)
         files.write_json(folder / "environment.json", files.environment())
+        write_classes(folder, data.classes, data.train.mean, data.train.std)
         _run(trainer, module, data, checkpoint, folder)
         skipped = data.skipped + sorted(module.damaged)
         if module.damaged:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,16 @@ def build_model(
     elif trained and replaced and tell is not None:
         tell(f"weights: {config.weights}, but {replaced}, which begins untrained")
     return model
+
+
+def plain_model(arch: str) -> nn.Module:
+    """The network of a name as its library makes it, untrained and with its own head."""
+    source, name = split_name(arch)
+    if source == "own":
+        raise CamtrainError("arch: smallresnet has no fixed number of classes; give its run folder")
+    if source == "torchvision":
+        return _torchvision(name, False)
+    return _timm(name, False) if source == "timm" else _factory(source, name)
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
@@ -166,7 +175,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CamtrainError(f"weights: no file {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # bytes that are no pickle raise whatever they happen to mean
         first = str(error).partition("\n")[0]
         raise CamtrainError(f"weights: {path} is no file of tensors: {first}") from error
     for key in ("state_dict", "model"):
