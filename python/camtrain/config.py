@@ -154,7 +154,8 @@ _DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     # the paper begins with a network trained on ImageNet.
     "digits": {"channels_last": True, "warmup_epochs": 3},
 }
-_HOLDS = {
+# What lies in the folder that --root names, for each data set that is on disk.
+HOLDS = {
     "voc": "VOCdevkit",
     "cub": "CUB_200_2011",
     "caltech101": "101_ObjectCategories",
@@ -311,9 +312,9 @@ def validate(config: FitConfig) -> None:
             f"insertion_steps: a picture of {config.image_size} x {config.image_size} has "
             f"{config.image_size**2} pixels to reveal, got {config.insertion_steps} steps"
         )
-    if config.data in _HOLDS and config.root is None:
+    if config.data in HOLDS and config.root is None:
         raise CamtrainError(
-            f"root: --data {config.data} needs --root, the folder that holds {_HOLDS[config.data]}"
+            f"root: --data {config.data} needs --root, the folder that holds {HOLDS[config.data]}"
         )
 
 
