@@ -269,7 +269,9 @@ def test_several_boxes_per_picture_and_none() -> None:
     both = torch.stack([first, second], 1).expand(2, 2, 4)
     once = viz.draw_boxes(viz.draw_boxes(grey, first.expand(2, 4)), second.expand(2, 4))
     assert torch.equal(viz.draw_boxes(grey, both), once)
-    assert torch.equal(viz.draw_boxes(grey, both[:, :0]), grey)
+    none = viz.draw_boxes(grey, both[:, :0])
+    assert torch.equal(none, grey)
+    assert none.data_ptr() != grey.data_ptr()
 
 
 def test_the_box_of_a_map_frames_what_is_strong() -> None:

@@ -143,7 +143,7 @@ def test_boxes_are_drawn_where_they_are() -> None:
 
 def test_a_map_sheet_shows_pictures_and_overlays() -> None:
     images, maps = batch()
-    other = torch.rand(3, 2, 2)
+    other = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).expand(3, 2, 2)
     boxes = torch.tensor([[2, 2, 9, 9]] * 3)
     figure = viz.map_sheet(
         images, {"Grad-CAM": maps, "LayerCAM": other}, names=["a", "b", "c"], true_boxes=boxes,
@@ -158,6 +158,7 @@ def test_a_map_sheet_shows_pictures_and_overlays() -> None:
     assert torch.equal(shown, torch.stack(expected, 1).flatten(0, 1))
     found = metrics.box_of_map(other, (20, 20), 0.5)[1]
     top, left, height, width = found.tolist()
+    assert height < 20  # as it would be at a lower share
     assert boxes_of(figure.axes[5])[1][2] == (left - 0.5, top - 0.5, width, height)
     assert len(boxes_of(figure.axes[3])) == 1
 
