@@ -118,3 +118,16 @@ def test_squeezenet_gets_pooling_and_dense_layers(shared_data: Path) -> None:
     logits = model(torch.rand(2, 3, 64, 64))
     assert logits.shape == (2, 20)
     assert (logits < 0).any()  # no ReLU behind the logits
+
+
+def test_weights_of_other_classes_are_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    for units in (0, 5):
+        torch.save(build_model(config(head_units=units), 10).state_dict(), path)
+        with pytest.raises(
+            CamtrainError, match=r"weights\.pt has a head of 10 classes, and the data has 7"
+        ):
+            build_model(config(head_units=units, weights=str(path)), 7)
+    # another width of the head is no matter of classes
+    with pytest.raises(CamtrainError, match=r"does not fit the model: other shapes"):
+        build_model(config(head_units=6, weights=str(path)), 10)

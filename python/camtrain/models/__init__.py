@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
         CamtrainError: it does not fit; begins with ``source``.
     """
     if not _fits(model, state):
-        raise CamtrainError(f"{source} {_difference(model, state)}")
+        raise CamtrainError(f"{source} {_other_classes(model, state) or _difference(model, state)}")
     model.load_state_dict(state)
 
 
@@ -194,6 +194,24 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def _fits(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
     own = model.state_dict()
     return own.keys() == state.keys() and all(own[k].shape == v.shape for k, v in state.items())
+
+
+def _other_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
+    """How the numbers of classes differ; empty where more than the last layer does."""
+    own = model.state_dict()
+    if own.keys() != state.keys():
+        return ""
+    names = {key.rpartition(".")[0] for key in own if own[key].shape != state[key].shape}
+    last = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    if not last or names != set(last):
+        return ""
+    wide, got = own[f"{last[0]}.weight"].shape, state[f"{last[0]}.weight"].shape
+    if wide[1:] != got[1:]:
+        return ""
+    return (
+        f"has a head of {got[0]} classes, and the data has {wide[0]}; take weights of "
+        f"{wide[0]} classes, or another data set"
+    )
 
 
 def _difference(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
