@@ -200,6 +200,16 @@ def test_a_single_class_is_refused_before_training(objects: TinyCaltech, tiny: T
         CamtrainData(tiny(data="caltech101", root=str(objects.root), arch="smallresnet"))
 
 
+def test_lists_that_are_no_text_are_named(birds: TinyCUB, objects: TinyCaltech) -> None:
+    birds.table("classes").write_bytes(b"1 \xff")
+    with pytest.raises(CamtrainError, match=r"CUB: .*classes\.txt is no text"):
+        cub.read(birds.root)
+    objects.lists([], [])
+    (objects.root / "test.txt").write_bytes(b"\xff")
+    with pytest.raises(CamtrainError, match=r"Caltech-101: .*test\.txt is no text"):
+        caltech.read(objects.root)
+
+
 def test_missing_caltech_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(CamtrainError, match=r"no folder .*nowhere"):
         caltech.read(tmp_path / "nowhere")

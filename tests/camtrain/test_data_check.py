@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from camtrain import cli_data
-from camtrain.config import HOLDS
+from camtrain.config import HOLDS, FitConfig
 from camtrain.data import recognise as recognition
 from camtrain.data.check import Report, Row, check
 from camtrain.data.cifar import KINDS
+from camtrain.data.module import CamtrainData
 from camtrain.data.recognise import recognise
 from camtrain.errors import CamtrainError
 from dog_files import TinyDogs
@@ -211,6 +212,21 @@ def test_a_wrong_name_is_not_usable(tmp_path: Path) -> None:
         assert not report.usable
         assert recognition.URLS[name] in report.text()
         assert report.text().endswith("not usable")
+
+
+def test_a_folder_that_cannot_be_read_is_told(
+    tmp_path: Path, tiny: Callable[..., FitConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path)
+
+    def refused(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)  # for root nothing is forbidden
+    config = tiny(data="folder", root=str(tmp_path))
+    for read in (lambda: check(tmp_path), lambda: CamtrainData(config)):
+        with pytest.raises(CamtrainError, match=r"root: .* cannot be read: .*Permission denied"):
+            read()
 
 
 def test_an_archive_is_recognised(tmp_path: Path) -> None:

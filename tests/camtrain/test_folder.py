@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +119,17 @@ def test_missing_folders_are_named(split: Path, tmp_path: Path) -> None:
     shutil.rmtree(split / "train")
     with pytest.raises(CamtrainError, match=r"val holds class folders, but .*train holds none"):
         folder.read(split)
+
+
+def test_a_class_folder_that_may_not_be_read_is_no_empty_one(
+    split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)  # for root nothing is forbidden
+    with pytest.raises(PermissionError):
+        folder.pictures(split / "train" / "dog")
 
 
 def test_without_a_split_the_seed_decides_and_it_is_told(tmp_path: Path) -> None:

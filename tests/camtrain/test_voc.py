@@ -158,6 +158,12 @@ def test_replicas_share_the_samples() -> None:
     assert set(parts[0]) | set(parts[1]) == set(range(7))
 
 
+def test_a_set_that_is_no_text_is_named(voc: TinyVOC) -> None:
+    (voc.folder / "ImageSets" / "Main" / "trainval.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(CamtrainError, match=r"VOC: .*trainval\.txt is no text"):
+        VOCBoxes(voc.root, "2007:trainval")
+
+
 @pytest.fixture
 def both_years(voc: TinyVOC) -> TinyVOC:
     """VOC2007 of the fixture, and VOC2012 with one picture to train and one to test on."""

@@ -16,7 +16,14 @@ import math
 import zlib
 from pathlib import Path
 
-from camtrain.data.labelled import Sample, Splits, check_apart, check_classes, check_files
+from camtrain.data.labelled import (
+    Sample,
+    Splits,
+    check_apart,
+    check_classes,
+    check_files,
+    read_lines,
+)
 from camtrain.data.matlab import read_mat
 from camtrain.data.pictures import Box
 from camtrain.data.sampling import generator
@@ -133,7 +140,7 @@ def _listed(folder: Path, classes: tuple[str, ...], lists: list[Path]) -> Splits
 
 def _read_list(folder: Path, classes: tuple[str, ...], path: Path) -> list[Sample]:
     samples: dict[Path, Sample] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines("Caltech-101", path), 1):
         name = line.strip()
         label, slash, file = name.partition("/")
         if not name or label == BACKGROUND:

@@ -90,6 +90,13 @@ def check(root: Path | str, name: str | None = None, *, progress: bool | None = 
             not one of a data set on disk.
     """
     root = Path(root)
+    try:
+        return _checked(root, name, progress)
+    except OSError as error:  # permissions, a disk that is gone
+        raise CamtrainError(f"root: {root} cannot be read: {error}") from error
+
+
+def _checked(root: Path, name: str | None, progress: bool | None) -> Report:
     if name is None:
         name = recognise(root)
     elif name not in HOLDS:

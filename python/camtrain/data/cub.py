@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from camtrain.data.labelled import Sample, Splits, check_classes, check_files
+from camtrain.data.labelled import Sample, Splits, check_classes, check_files, read_lines
 from camtrain.data.pictures import Box
 from camtrain.errors import CamtrainError
 
@@ -48,11 +48,7 @@ def read_table(path: Path, expected: str, parse: Callable[[str], Value]) -> dict
         CamtrainError: a line of another form, with file, number and what is expected; an id twice.
     """
     found: dict[int, Value] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise CamtrainError(f"CUB: {path} is no text: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines("CUB", path), 1):
         if not line.strip():
             continue
         key, _, rest = line.strip().partition(" ")

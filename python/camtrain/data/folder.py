@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import zlib
 from pathlib import Path
+from typing import NoReturn
 
 from camtrain.data.labelled import Sample, Splits, check_classes, check_several
 from camtrain.data.sampling import generator
@@ -56,10 +57,14 @@ def pictures(folder: Path) -> list[Path]:
     """Picture files of a class folder, also in folders below it, in order."""
     return sorted(
         Path(place) / file
-        for place, _, files in os.walk(folder)
+        for place, _, files in os.walk(folder, onerror=_raise)
         for file in files
         if _is_picture(file)
     )
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error  # os.walk passes over folders that it may not read
 
 
 def _is_picture(file: str) -> bool:

@@ -134,6 +134,14 @@ def moved(box: Box, cut: Box, size: int) -> Tensor:
     return torch.tensor([top, left, bottom - top, right - left])
 
 
+def read_lines(name: str, path: Path) -> list[str]:
+    """Lines of a list of a data set."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CamtrainError(f"{name}: {path} is no text: {error}") from None
+
+
 def check_classes(name: str, source: Path, splits: Splits) -> None:
     """Labels name a class, every class has something to learn from, something is left to test."""
     strange = [s for s in splits.train + splits.test if not 0 <= s.target < len(splits.classes)]

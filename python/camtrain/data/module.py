@@ -18,6 +18,7 @@ from camtrain.data.digits import SIZES, Digits
 from camtrain.data.labelled import LabelledPictures, Splits, check_several
 from camtrain.data.sampling import EpochSampler
 from camtrain.data.voc import VOCBoxes, describe_skipped
+from camtrain.errors import CamtrainError
 
 log = logging.getLogger("camtrain")
 
@@ -41,7 +42,10 @@ class CamtrainData(pl.LightningDataModule):
     def __init__(self, config: FitConfig) -> None:
         super().__init__()
         self.config = config
-        self.train, self.test = _datasets(config)
+        try:
+            self.train, self.test = _datasets(config)
+        except OSError as error:  # permissions, a disk that is gone
+            raise CamtrainError(f"root: {config.root} cannot be read: {error}") from error
         self.classes = self.train.classes
         self.mean = torch.tensor(self.train.mean).view(-1, 1, 1)
         self.std = torch.tensor(self.train.std).view(-1, 1, 1)

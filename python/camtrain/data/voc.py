@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from camtrain.data.labelled import read_lines
 from camtrain.data.pictures import MEAN, STD, Box, crop
 from camtrain.data.sampling import Draw, generator
 from camtrain.errors import CamtrainError, DamagedDataError
@@ -150,7 +151,7 @@ def read_names(devkit: Path, year: str, split: str) -> tuple[Path, list[str]]:
     if not file.is_file():
         there = sorted(p.stem for p in file.parent.glob("*.txt") if "_" not in p.stem)
         raise CamtrainError(f"VOC: no file {file} (splits there: {', '.join(there) or 'none'})")
-    return folder, [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    return folder, [line.split()[0] for line in read_lines("VOC", file) if line.strip()]
 
 
 class VOCBoxes(Dataset[dict[str, Any]]):
