@@ -50,14 +50,17 @@ format: $(VENV)/.tests
 
 # The .cu files built for the host run the same tests as every other backend.
 CUDA_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,relu cam map_statistics cam_statistics ssim ssim_kernels warped_ssim))
+# Processes that share the tests. The threads of each wait without spinning: there are more than cores.
+WORKERS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
 # The interpreter is chosen when Triton is imported, hence a process of its own.
 test: lint types
-	CAMKERNELS_REQUIRE=cpu $(PY) -m pytest tests -m "not slow and not gpu"
-	TRITON_INTERPRET=1 CAMKERNELS_REQUIRE=triton $(PY) -m pytest tests/ops -m "not slow and not gpu"
-	CAMKERNELS_CUDA_HOST=1 CAMKERNELS_REQUIRE=cuda $(PY) -m pytest tests/cuda_host $(CUDA_TESTS) -m "not slow and not gpu"
+	CAMKERNELS_REQUIRE=cpu $(PYTEST) tests -m "not slow and not gpu"
+	TRITON_INTERPRET=1 CAMKERNELS_REQUIRE=triton $(PYTEST) tests/ops -m "not slow and not gpu"
+	CAMKERNELS_CUDA_HOST=1 CAMKERNELS_REQUIRE=cuda $(PYTEST) tests/cuda_host $(CUDA_TESTS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.tests
-	CAMKERNELS_REQUIRE=cpu $(PY) -m pytest tests -m "slow and not gpu"
+	CAMKERNELS_REQUIRE=cpu $(PYTEST) tests -m "slow and not gpu"
 
 bench: $(VENV)/.tests
 	$(PY) -m benchmarks run all --device cpu

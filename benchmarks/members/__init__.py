@@ -14,6 +14,7 @@ from benchmarks.members import (
     linearity,
     map_statistics,
     relu,
+    score_cam,
     step_cam_entropy,
     step_consistency,
     step_engine,
@@ -41,6 +42,7 @@ MEMBERS: dict[str, Benchmark] = {
         step_engine.BFLOAT16,
         step_explainers.BENCHMARK,
         insertion.BENCHMARK,
+        score_cam.BENCHMARK,
     )
 }
 

@@ -1,0 +1,140 @@
+"""Score-CAM: one forward of a picture per channel, at equal numbers of pictures per forward.
+
+passes            the forwards that it needs, of masked pictures that are there already: the
+                  network in NCHW
+ours              ck.ScoreCAM, masked pictures in NHWC
+ours NCHW         ck.ScoreCAM, masked pictures as they are made by default
+torch-cam         that library's ScoreCAM
+pytorch-grad-cam  that library's ScoreCAM, whose maps differ: it enlarges with corners aligned
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import camkernels as ck
+from benchmarks.harness import (
+    Benchmark,
+    Case,
+    Options,
+    Side,
+    SidesDisagreeError,
+    UnsupportedError,
+)
+from benchmarks.members import _steps
+
+AT_ONCE = 32
+LAYER = "layer4"
+CHANNELS = 512
+
+
+def _passes(model: nn.Module, images: Tensor) -> Side:
+    masked = torch.rand(AT_ONCE, *images.shape[1:], device=images.device)
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            found = [model(images)]
+            for _ in range(len(images) * CHANNELS // AT_ONCE):
+                found.append(model(masked))
+        return [torch.cat(found)]
+
+    return Side(run)
+
+
+def _ours(model: nn.Module, images: Tensor, memory_format: torch.memory_format | None) -> Side:
+    cam = ck.ScoreCAM(model, LAYER, memory_format=memory_format)
+
+    def run() -> list[Tensor]:
+        maps = cam.explain(images, batch_size=AT_ONCE)
+        assert isinstance(maps, Tensor)
+        return [ck.min_max_normalize(maps)]
+
+    return Side(run, close=cam.close)
+
+
+def _torch_cam(model: nn.Module, images: Tensor) -> Side:
+    try:
+        from torchcam.methods import ScoreCAM
+    except ImportError as error:
+        raise UnsupportedError(f"torch-cam does not import ({error})") from error
+    cam = ScoreCAM(model, LAYER, batch_size=AT_ONCE, input_shape=tuple(images.shape[1:]))
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            logits = model(images)
+            (maps,) = cam(logits.argmax(1).tolist(), logits)
+        return [maps]
+
+    return Side(run, close=cam.remove_hooks)
+
+
+def _grad_cam(model: nn.Module, images: Tensor) -> Side:
+    try:
+        from pytorch_grad_cam import ScoreCAM
+    except ImportError as error:
+        raise UnsupportedError(f"pytorch-grad-cam does not import ({error})") from error
+    cam: Any = ScoreCAM(model, [model.get_submodule(LAYER)])
+    cam.batch_size = AT_ONCE
+
+    def run() -> list[Tensor]:
+        # it draws a progress bar, whatever is asked
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            return [torch.from_numpy(cam(input_tensor=images, targets=None))]
+
+    return Side(run, close=cam.activations_and_grads.release)
+
+
+def _case(options: Options) -> Case:
+    batch, size = (1, 64) if options.quick else (2, 224)
+
+    def build() -> dict[str, Callable[[], Side]]:
+        images, _ = _steps.batch(batch, size, options, torch.float32)
+
+        def model() -> nn.Module:
+            return copy.deepcopy(_steps.resnet("resnet18")).to(options.device).eval()
+
+        return {
+            "passes": lambda: _passes(model(), images),
+            "ours": lambda: _ours(model(), images, torch.channels_last),
+            "ours NCHW": lambda: _ours(model(), images, None),
+            "torch-cam": lambda: _torch_cam(model(), images),
+            "pytorch-grad-cam": lambda: _grad_cam(model(), images),
+        }
+
+    def check() -> None:
+        quick = _case(Options(device=options.device, quick=True)).build()
+        sides = [quick[name]() for name in ("ours", "torch-cam")]
+        ours, theirs = (side.results()[0] for side in sides)
+        for side in sides:
+            assert side.close is not None
+            side.close()
+        error = float((ours - theirs).abs().max())
+        if not error <= 1e-3:
+            raise SidesDisagreeError(f"maps differ from torch-cam's by {error:.2g}")
+
+    facts = {"model": "resnet18", "layer": LAYER, "batch": batch, "image_size": size,
+             "pictures_per_forward": AT_ONCE}  # fmt: skip
+    name = f"resnet18 {LAYER} {batch}x{size}"
+    return Case(name, build, check=check, rounds=(3, 7), facts=facts)
+
+
+BENCHMARK = Benchmark(
+    name="step_score_cam",
+    about="Score-CAM of pictures, at equal pictures per forward",
+    cases=lambda options: [_case(options)],
+    baseline="passes",
+    seconds=40.0,
+    isolate=True,
+    needs_torchvision=True,
+    caveats=(
+        "passes: every channel's; ours leaves out those that are constant over the picture",
+        "NHWC is an option of ours: on a CPU its convolutions are faster",
+    ),
+)
