@@ -142,3 +142,89 @@ def test_a_map_beats_its_opposite(squeezenet: nn.Module, pictures: Tensor) -> No
     assert found["map", "InsertionAUC"] > found["opposite", "InsertionAUC"] + 0.1
     assert found["map", "DeletionAUC"] < found["opposite", "DeletionAUC"] - 0.1
     assert found["map", "drop"] < found["opposite", "drop"]
+
+
+def test_metrics_are_those_of_torch_cam(
+    resnet20: nn.Module, small_pictures: tuple[Tensor, Tensor]
+) -> None:
+    """Average drop and increase, insertion and deletion: those that it defines alike."""
+    methods = pytest.importorskip("torchcam.methods")
+    peer = pytest.importorskip("torchcam.metrics")
+    images, _ = small_pictures
+    classes = resnet20(images).argmax(1)
+
+    def score(logits: Tensor) -> Tensor:  # torch-cam explains what it measures
+        return logits.softmax(1).gather(1, classes[:, None])[:, 0]
+
+    maps = ck.GradCAM(resnet20, "layer3").explain(images, score)
+    alive = maps.flatten(1).amax(1) > 1e-4  # its 1e-8 dims smaller ones
+    assert alive.sum() >= 20
+    images, classes, maps = images[alive], classes[alive], maps[alive]
+    twin = copy.deepcopy(resnet20)
+    with methods.GradCAM(twin, "layer3", input_shape=(3, 32, 32)) as cam:
+
+        def asked(metric: object) -> dict[str, float]:
+            metric.update(images, classes.tolist())  # type: ignore[attr-defined]
+            return metric.summary()  # type: ignore[attr-defined, no-any-return]
+
+        def share(logits: Tensor) -> Tensor:
+            return logits.softmax(-1)
+
+        change = asked(peer.ClassificationMetric(cam, share))
+        deletion = asked(peer.DeletionInsertionMetric(cam, share, steps=16))
+        insertion = asked(
+            peer.DeletionInsertionMetric(cam, share, steps=16, baseline=metrics.curves.blurred)
+        )
+    ours = metrics.ConfidenceChange(resnet20)
+    ours.update(images, maps, classes)
+    assert float(ours.compute()["average_drop"]) == pytest.approx(
+        100 * change["avg_drop"], abs=0.01
+    )
+    assert float(ours.compute()["average_increase"]) == pytest.approx(
+        100 * change["conf_increase"], abs=0.01
+    )
+    # beyond the outermost centres of the map pixels tie: theirs are ordered by rounding
+    for metric, theirs, name in (
+        (metrics.DeletionAUC(resnet20, steps=16), deletion, "deletion_auc"),
+        (metrics.InsertionAUC(resnet20, steps=16), insertion, "insertion_auc"),
+    ):
+        metric.update(images, maps, classes)
+        assert float(metric.compute()) == pytest.approx(theirs[name], abs=0.01)
+
+
+def test_transformers_by_reshape_transform() -> None:
+    """A ViT and a Swin of timm, against pytorch-grad-cam."""
+    timm = pytest.importorskip("timm")
+    peer = pytest.importorskip("pytorch_grad_cam")
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+
+    def of_vit(tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+    def of_swin(tokens: Tensor) -> Tensor:
+        return tokens.permute(0, 3, 1, 2)
+
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=7
+    ).eval()
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(1, 1), num_heads=(2, 4),
+        embed_dim=16, num_classes=7,
+    ).eval()  # fmt: skip
+    for model, layer, reshape in (
+        (vit, "blocks.1.norm1", of_vit),
+        (swin, "layers.1.blocks.0.norm1", of_swin),
+    ):
+        for name in ("GradCAM", "LayerCAM"):
+            twin = copy.deepcopy(model)
+            theirs = getattr(peer, name)(
+                twin, [twin.get_submodule(layer)], reshape_transform=reshape
+            )
+            expected = torch.from_numpy(theirs(input_tensor=images.clone(), targets=None))
+            theirs.activations_and_grads.release()
+            with getattr(ck, name)(model, layer, reshape_transform=reshape) as cam:
+                maps = cam.explain(images, size="input")
+            assert float((ck.min_max_normalize(maps) - expected).abs().max()) <= 1e-3
+        with ck.ScoreCAM(model, layer, reshape_transform=reshape) as cam:
+            assert cam.explain(images).shape[0] == 2
