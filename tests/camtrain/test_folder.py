@@ -141,7 +141,6 @@ def test_without_a_split_the_seed_decides_and_it_is_told(tmp_path: Path) -> None
     assert not {s.path for s in splits.train} & {s.path for s in splits.test}
     assert "is split 4 : 1 by seed 3: 16 pictures to train on, 4 to test on" in splits.note
     # a class is split the same way whatever else is there
-    shutil.rmtree(tmp_path / "cat")
     fill(tmp_path, "ape")
     assert [s.path for s in folder.read(tmp_path, 3).test if s.path.parent.name == "dog"] == [
         s.path for s in splits.test if s.path.parent.name == "dog"
