@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
@@ -104,13 +105,22 @@ class CifarPictures(LabelledPictures):
             return super()._picture(index)
         return Image.fromarray(self.pixels[index])
 
-    def _drawn(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+    def _drawn(self, picture: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+        found = self._uncut(picture, rng)
+        top, left, height, width = found["crops"].tolist()
+        image = found["images"][:, top : top + height, left : left + width]
+        return {"images": image.flip(2) if found["flips"] else image.contiguous()}
+
+    def _uncut(self, picture: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         size = self.image_size
         margin = size // 8
         whole = pad(resized(picture, self._cut(picture), size), [margin] * 4)
-        top, left = (int(edge) for edge in rng.integers(0, 2 * margin + 1, 2))
-        image = whole[:, top : top + size, left : left + size]
-        return image.flip(2) if rng.random() < 0.5 else image.contiguous()
+        top, left = rng.integers(0, 2 * margin + 1, 2).tolist()
+        return {
+            "images": whole,
+            "crops": torch.tensor([top, left, size, size]),
+            "flips": torch.tensor(rng.random() < 0.5),
+        }
 
     def _cut(self, picture: Image.Image) -> Box:
         return Box(0, 0, picture.height, picture.width)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import camkernels as ck
 from camtrain.data.pictures import MEAN, STD, Box, centre, random_crop, read_picture, resized
 from camtrain.data.sampling import Draw, generator
 from camtrain.errors import CamtrainError, DamagedDataError
@@ -48,6 +49,10 @@ class LabelledPictures(Dataset[dict[str, Any]]):
             probability 0.5, drawn anew in each epoch; else the middle of the picture, always the
             same, with ``boxes`` where every sample has one.
         crop_scale: see ``augment``.
+        augment_on: ``"loader"`` cuts crops out of the picture itself; ``"device"`` hands on the
+            whole picture, resized to a square of 8/7 of ``image_size``, and the crop drawn, for
+            :func:`cut_out` to make it of a batch on the device. Less sharp where a crop is small;
+            no gain where the device is the CPU that loads.
         damaged: ``"error"`` raises for a file that cannot be decoded, ``"skip"`` leaves it out and
             counts it.
         seed: decides the crops, together with epoch and index.
@@ -55,6 +60,8 @@ class LabelledPictures(Dataset[dict[str, Any]]):
 
     Items: ``images`` (3, size, size) uint8, ``targets`` () int64, ``boxes`` (4,) float32: top,
     left, height, width in pixels of ``images``; or, for a file that cannot be decoded, ``damaged``.
+    With ``augment_on="device"`` those to train on have ``images`` of another size, ``crops`` (4,)
+    int64: top, left, height, width in its pixels, and ``flips`` () bool.
     """
 
     mean: tuple[float, ...] = MEAN
@@ -70,12 +77,13 @@ class LabelledPictures(Dataset[dict[str, Any]]):
         *,
         augment: bool = False,
         crop_scale: float = 0.08,
+        augment_on: str = "loader",
         damaged: str = "error",
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
         self.classes, self.image_size = classes, image_size
-        self.augment, self.crop_scale = augment, crop_scale
+        self.augment, self.crop_scale, self.augment_on = augment, crop_scale, augment_on
         self.damaged, self.seed = damaged, seed
         self.chosen = np.arange(len(samples))
         if limit is not None and limit < len(samples):
@@ -95,12 +103,13 @@ class LabelledPictures(Dataset[dict[str, Any]]):
             if self.damaged == "error":
                 raise
             return {"damaged": str(error)}
+        item: dict[str, Any] = {"targets": torch.tensor(sample.target)}
         if self.augment:
-            image = self._drawn(picture, generator(self.seed, 6, draw.epoch, draw.index))
-        else:
-            cut = self._cut(picture)
-            image = resized(picture, cut, self.image_size)
-        item: dict[str, Any] = {"images": image, "targets": torch.tensor(sample.target)}
+            rng = generator(self.seed, 6, draw.epoch, draw.index)
+            item |= (self._uncut if self.augment_on == "device" else self._drawn)(picture, rng)
+            return item
+        cut = self._cut(picture)
+        item["images"] = resized(picture, cut, self.image_size)
         if self.boxed:
             assert sample.box is not None
             item["boxes"] = moved(sample.box, cut, self.image_size)
@@ -109,11 +118,24 @@ class LabelledPictures(Dataset[dict[str, Any]]):
     def _picture(self, index: int) -> Image.Image:
         return read_picture(self.samples[index].path)
 
-    def _drawn(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+    def _drawn(self, picture: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         """What is trained on."""
         cut = random_crop(rng, picture.height, picture.width, (self.crop_scale, 1.0))
         image = resized(picture, cut, self.image_size)
-        return image.flip(2) if rng.random() < 0.5 else image
+        return {"images": image.flip(2) if rng.random() < 0.5 else image}
+
+    def _uncut(self, picture: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The same for the device to cut out; the draws are those of :meth:`_drawn`."""
+        height, width, side = picture.height, picture.width, round(self.image_size * 8 / 7)
+        cut = random_crop(rng, height, width, (self.crop_scale, 1.0))
+        top, left = round(cut.top * side / height), round(cut.left * side / width)
+        bottom = max(top + 1, round((cut.top + cut.height) * side / height))
+        right = max(left + 1, round((cut.left + cut.width) * side / width))
+        return {
+            "images": resized(picture, Box(0, 0, height, width), side),
+            "crops": torch.tensor([top, left, bottom - top, right - left]),
+            "flips": torch.tensor(rng.random() < 0.5),
+        }
 
     def _cut(self, picture: Image.Image) -> Box:
         """The part that is tested on."""
@@ -123,6 +145,14 @@ class LabelledPictures(Dataset[dict[str, Any]]):
         """Class folder and file, for tables."""
         path = self.samples[index].path
         return f"{path.parent.name}/{path.name}"
+
+
+def cut_out(batch: dict[str, Any], size: int) -> dict[str, Any]:
+    """A batch whose ``images`` (B, 3, size, size) float32 are the crops that ``crops`` names."""
+    crops, flips = batch["crops"], batch["flips"]
+    images = ck.warp(batch["images"].float(), crops, flips, (size, size))
+    kept = {key: value for key, value in batch.items() if key not in ("crops", "flips")}
+    return {**kept, "images": images}
 
 
 def moved(box: Box, cut: Box, size: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from camtrain.config import FitConfig
 from camtrain.data import caltech, cifar, cub, dogs, folder
 from camtrain.data.digits import SIZES, Digits
-from camtrain.data.labelled import LabelledPictures, Splits, check_several
+from camtrain.data.labelled import LabelledPictures, Splits, check_several, cut_out
 from camtrain.data.sampling import EpochSampler
 from camtrain.data.voc import VOCBoxes, describe_skipped
 from camtrain.errors import CamtrainError
@@ -37,13 +37,20 @@ class CamtrainData(pl.LightningDataModule):
     A batch holds ``images`` (B, 3, S, S), ``targets`` (B,), ``boxes`` (B, 4) where the object's
     place is known, and ``damaged``, a list of messages. Images are bytes on their way and are
     normalised on the device.
+
+    Args:
+        config: of the run.
+        augment_on: where random crops are cut, of data sets that take them: ``"loader"`` or
+            ``"device"``, see :class:`LabelledPictures`.
     """
 
-    def __init__(self, config: FitConfig) -> None:
+    def __init__(self, config: FitConfig, augment_on: str = "loader") -> None:
         super().__init__()
         self.config = config
+        if augment_on not in ("loader", "device"):
+            raise CamtrainError(f"augment_on: got {augment_on!r}, allowed are loader, device")
         try:
-            self.train, self.test = _datasets(config)
+            self.train, self.test = _datasets(config, augment_on)
         except OSError as error:  # permissions, a disk that is gone
             raise CamtrainError(f"root: {config.root} cannot be read: {error}") from error
         self.classes = self.train.classes
@@ -94,13 +101,15 @@ class CamtrainData(pl.LightningDataModule):
         return (images.float() / 255 - mean) / std
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Lightning's hook: normalise on the device."""
+        """Lightning's hook: cut crops out and normalise on the device."""
+        if "crops" in batch:
+            batch = cut_out(batch, self.config.image_size)
         if "images" in batch:
             batch = {**batch, "images": self.normalise(batch["images"])}
         return batch
 
 
-def _datasets(config: FitConfig) -> tuple[Any, Any]:
+def _datasets(config: FitConfig, augment_on: str) -> tuple[Any, Any]:
     if config.data == "digits":
         lengths = {"train": config.limit_train, "test": config.limit_test}
         train, test = (
@@ -112,8 +121,8 @@ def _datasets(config: FitConfig) -> tuple[Any, Any]:
     if config.data == "voc":
         return _voc(config)
     if config.data in cifar.KINDS:
-        return _cifar(config, Path(config.root))
-    return _labelled(config, Path(config.root))
+        return _cifar(config, Path(config.root), augment_on)
+    return _labelled(config, Path(config.root), augment_on)
 
 
 def _voc(config: FitConfig) -> tuple[VOCBoxes, VOCBoxes]:
@@ -149,22 +158,30 @@ _READERS: dict[str, Callable[[Path, FitConfig], Splits]] = {
 }
 
 
-def _options(config: FitConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def _options(config: FitConfig, augment_on: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What :class:`LabelledPictures` takes, for training and for testing."""
     common: dict[str, Any] = {"damaged": config.damaged, "seed": config.seed}
-    train = {"augment": config.augment, "crop_scale": config.crop_scale}
+    train = {
+        "augment": config.augment,
+        "augment_on": augment_on,
+        "crop_scale": config.crop_scale,
+    }
     return (
         {**common, **train, "limit": config.limit_train},
         {**common, "limit": config.limit_test},
     )
 
 
-def _labelled(config: FitConfig, root: Path) -> tuple[LabelledPictures, LabelledPictures]:
+def _labelled(
+    config: FitConfig, root: Path, augment_on: str
+) -> tuple[LabelledPictures, LabelledPictures]:
     splits = _READERS[config.data](root, config)
     check_several(config.data, root, splits.classes)
     train, test = (
         LabelledPictures(samples, splits.classes, config.image_size, **options)
-        for samples, options in zip((splits.train, splits.test), _options(config), strict=True)
+        for samples, options in zip(
+            (splits.train, splits.test), _options(config, augment_on), strict=True
+        )
     )
     train.note, train.skipped = splits.note, splits.skipped
     if splits.skipped:
@@ -172,12 +189,14 @@ def _labelled(config: FitConfig, root: Path) -> tuple[LabelledPictures, Labelled
     return train, test
 
 
-def _cifar(config: FitConfig, root: Path) -> tuple[LabelledPictures, LabelledPictures]:
+def _cifar(
+    config: FitConfig, root: Path, augment_on: str
+) -> tuple[LabelledPictures, LabelledPictures]:
     found = cifar.read(root, config.data)
     parts = ((found.splits.train, found.train), (found.splits.test, found.test))
     train, test = (
         cifar.CifarPictures(samples, pixels, config.data, config.image_size, **options)
-        for (samples, pixels), options in zip(parts, _options(config), strict=True)
+        for (samples, pixels), options in zip(parts, _options(config, augment_on), strict=True)
     )
     train.note = found.splits.note
     return train, test
