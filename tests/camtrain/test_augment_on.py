@@ -62,6 +62,7 @@ def test_training_sees_crops_and_testing_the_middle(place: str, tiny: Tiny, tmp_
     birds = TinyCUB(tmp_path / "data")
     config = tiny(data="cub", root=str(birds.root), arch="smallresnet", beta=0.0)
     data = CamtrainData(config, augment_on=place)
+    assert ("crops" in data.train[0]) == (place == "device")
     module = make_classifier(build_model(config, 2), config, 2)
     batch = data.on_after_batch_transfer(collate([data.train[Draw(0, i)] for i in range(4)]), 0)
     assert batch["images"].shape == (4, 3, 32, 32)

@@ -185,6 +185,11 @@ def test_a_single_class_is_not_usable(tmp_path: Path) -> None:
     report = check(tmp_path)
     assert (report.name, report.usable) == ("folder", False)
     assert "a single class, 'images'" in report.problems[0]
+    objects = TinyCaltech(tmp_path / "objects")
+    shutil.rmtree(objects.folder / "ant")
+    report = check(objects.root)
+    assert (report.name, report.usable) == ("caltech101", False)
+    assert "a single class, 'Faces'" in report.problems[0]
 
 
 def test_what_is_not_recognised_lists_what_is(tmp_path: Path) -> None:

@@ -131,3 +131,7 @@ def test_weights_of_other_classes_are_told_so(tmp_path: Path) -> None:
     # another width of the head is no matter of classes
     with pytest.raises(CamtrainError, match=r"does not fit the model: other shapes"):
         build_model(config(head_units=6, weights=str(path)), 10)
+    narrow = {**build_model(config(), 10).state_dict(), "fc.weight": torch.zeros(10, 64)}
+    torch.save(narrow, path)
+    with pytest.raises(CamtrainError, match=r"does not fit the model: other shapes 1 \(fc\.weight"):
+        build_model(config(weights=str(path)), 10)
