@@ -50,9 +50,10 @@ format: $(VENV)/.tests
 
 # The .cu files built for the host run the same tests as every other backend.
 CUDA_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,relu cam map_statistics cam_statistics ssim ssim_kernels warped_ssim))
-# Processes that share the tests. The threads of each wait without spinning: there are more than cores.
+# Processes that share the tests, a thread each: threads that wait for a core cost more than they do.
+# Tests of threads ask for them, and wait without spinning.
 WORKERS ?= 2
-PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
 # The interpreter is chosen when Triton is imported, hence a process of its own.
 test: lint types
 	CAMKERNELS_REQUIRE=cpu $(PYTEST) tests -m "not slow and not gpu"

@@ -92,7 +92,7 @@ def _grad_cam(model: nn.Module, images: Tensor) -> Side:
 
 
 def _case(options: Options) -> Case:
-    batch, size = (1, 64) if options.quick else (2, 224)
+    batch, size = (1, 32) if options.quick else (1, 224)
 
     def build() -> dict[str, Callable[[], Side]]:
         images, _ = _steps.batch(batch, size, options, torch.float32)

@@ -9,32 +9,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from camtrain import cli_explain
+from camtrain import cli_data, cli_explain
 from camtrain import config as configuration
 from camtrain.config import CHOICES, FitConfig
 from camtrain.errors import CamtrainError
 
 _HELP = {
     "recipe": "entropy: cross-entropy + beta x CAM entropy; consistency: cross-entropy + alpha x "
-    "(1 - SSIM of the maps of a picture and of its crop) + beta x norm of the map; baseline: "
-    "beta = 0",
+    "(1 - SSIM of the maps of a picture and of its crop) + beta x norm of the map; interpretable: "
+    "cross-entropy + gradient_weight x error between the input gradient and the guided one; "
+    "baseline: beta = 0",
     "data": "digits: scans among clutter, nothing to download; voc: boxes of PASCAL VOC; cub: "
-    "CUB-200-2011; caltech101: Caltech-101",
-    "root": "folder that holds VOCdevkit, CUB_200_2011 or 101_ObjectCategories",
+    "CUB-200-2011; caltech101: Caltech-101; stanford-dogs; cifar10, cifar100: archives or class "
+    "folders; folder: pictures in a folder for each class",
+    "root": "folder that holds the data, such as VOCdevkit or CUB_200_2011",
     "sets": "VOC sets to train on, year:split by commas",
     "test_sets": "VOC sets to test on",
     "difficult": "keep objects marked as difficult",
     "test_boxes": "one box per test picture, always the same, or all",
     "damaged": "files that cannot be read: skip and count them, or stop",
     "image_size": "side of the square pictures, in pixels",
-    "augment": "cub, caltech101: train on a random crop, mirrored or not, else on the centre",
+    "augment": "not voc, digits: train on a random crop, mirrored or not, else on the centre",
     "crop_scale": "see augment: least share of the picture in the crop",
     "limit_train": "at most so many training samples",
     "limit_test": "at most so many test samples",
     "arch": "smallresnet, a torchvision or timm name, torchvision:NAME, timm:NAME, module:factory",
     "layer": "name of the layer whose map is taken (default: the last stage)",
-    "weights": "file with a state_dict; 'pretrained' for the library's own (the default on cub and "
-    "caltech101), or 'none'",
+    "weights": "file with a state_dict; 'pretrained' for the library's own (the default on cub, "
+    "caltech101 and stanford-dogs), or 'none'",
     "head_units": "hidden units of the head; 300 in the paper, 0: one linear layer",
     "alpha": "consistency: weight of 1 - SSIM",
     "beta": "weight of the regulariser; consistency: of the norm of the map",
@@ -52,6 +54,10 @@ _HELP = {
     "normalize": "divide the entropy by its largest value, ln(h w)",
     "label_smoothing": "as in nn.CrossEntropyLoss",
     "head_path": "channel weights in closed form where possible (auto), or by autograd",
+    "error": "interpretable: error between the input gradient and the guided one",
+    "gradient_weight": "interpretable: weight of that error, lambda in the paper",
+    "every": "interpretable: the error at every so-manieth step, with as many times the weight",
+    "engine": "interpretable: the network as scheduled passes, fast or lean in memory",
     "backend": "which kernels run",
     "epochs": "epochs",
     "batch_size": "samples per step and device",
@@ -96,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     _add_fields(fit)
     _add_study(commands)
     cli_explain.add(commands)
+    cli_data.add_data(commands)
 
     demo = commands.add_parser("demo", help="what CAM entropy changes, on digits, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for table and figures")
@@ -173,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fit(arguments)
         if arguments.command == "study":
             return _study(arguments)
+        if arguments.command == "data":
+            return cli_data.run_data(arguments)
         if arguments.command in ("explain", "evaluate"):
             _import_training()
             run = cli_explain.explain if arguments.command == "explain" else cli_explain.evaluate

@@ -13,7 +13,7 @@ import yaml
 from camtrain.errors import CamtrainError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "recipe": ("entropy", "consistency", "baseline"),
+    "recipe": ("entropy", "consistency", "interpretable", "baseline"),
     "data": (
         "digits",
         "voc",
@@ -27,6 +27,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "regularizer": ("entropy", "area", "dispersion"),
     "target": ("true", "predicted"),
     "head_path": ("auto", "autograd"),
+    "error": ("cosine", "histogram", "histogram_paper", "sigmoid", "centered_sigmoid"),
+    "engine": ("off", "fast", "lean"),
     "window": ("gaussian", "uniform"),
     "padding": ("valid", "same"),
     "optimizer": ("adam", "sgd"),
@@ -75,6 +77,10 @@ class FitConfig:
     normalize: bool = False
     label_smoothing: float = 0.0
     head_path: str = "auto"
+    error: str = "cosine"
+    gradient_weight: float = 0.0
+    every: int = 1
+    engine: str = "off"
     backend: str = "auto"
 
     epochs: int = 10
@@ -173,28 +179,34 @@ _CONSISTENCY: dict[str, Any] = {
     "warmup_epochs": 0,
 }
 
-# What one recipe reads and the others would ignore without a word: refused there.
-_OF_CONSISTENCY = (
-    "alpha",
-    "norm",
-    "map_relu",
-    "view_scale",
-    "window",
-    "window_size",
-    "sigma",
-    "padding",
-    "insertion_steps",
-    "insertion_limit",
-    "compare",
-)
-_OF_ENTROPY = (
-    "regularizer",
-    "other_classes",
-    "normalize",
-    "label_smoothing",
-    "head_path",
-    "warmup_epochs",
-)
+# The interpretable-gradients paper states no lambda: "as high as possible" without harm.
+_INTERPRETABLE: dict[str, Any] = {"gradient_weight": 1e-2, "warmup_epochs": 0}
+
+# What a recipe reads and others would ignore without a word: refused there.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "alpha",
+            "norm",
+            "map_relu",
+            "view_scale",
+            "window",
+            "window_size",
+            "sigma",
+            "padding",
+            "insertion_steps",
+            "insertion_limit",
+            "compare",
+        ),
+        ("consistency",),
+    ),
+    **dict.fromkeys(
+        ("regularizer", "other_classes", "normalize", "head_path"), ("entropy", "baseline")
+    ),
+    **dict.fromkeys(("label_smoothing", "warmup_epochs"), ("entropy", "baseline", "interpretable")),
+    **dict.fromkeys(("error", "gradient_weight", "every", "engine"), ("interpretable",)),
+    "beta": ("entropy", "consistency"),
+}
 
 # What may differ when a run is resumed: nothing that changes its data, its model or its loss.
 RESUMABLE = (
@@ -226,6 +238,8 @@ def resolve(overrides: dict[str, Any], file: dict[str, Any] | None = None) -> Fi
     values["beta"] = _BETA.get(data, 0.0) if recipe == "entropy" else 0.0
     if recipe == "consistency":
         values |= _CONSISTENCY
+    if recipe == "interpretable":
+        values |= _INTERPRETABLE
     values |= given
     if "weights" not in values and _has_published_weights(values):
         values["weights"] = "pretrained"
@@ -292,7 +306,13 @@ def validate(config: FitConfig) -> None:
     least = {"epochs": 1, "batch_size": 1, "image_size": 8, "devices": 1}
     least |= {"limit_train": 1, "limit_test": 1}
     least |= {"head_units": 0, "workers": 0, "warmup_epochs": 0, "lr_step": 0}
-    least |= {"insertion_steps": 0, "insertion_limit": 1, "window_size": 1, "weight_decay": 0}
+    least |= {
+        "every": 1,
+        "insertion_steps": 0,
+        "insertion_limit": 1,
+        "window_size": 1,
+        "weight_decay": 0,
+    }
     for name, minimum in least.items():
         value = getattr(config, name)
         if value is not None and value < minimum:
@@ -320,13 +340,13 @@ def validate(config: FitConfig) -> None:
 
 def _validate_recipe(config: FitConfig) -> None:
     """Refuse what the recipe would not read."""
-    consistency = config.recipe == "consistency"
-    for name in _OF_ENTROPY if consistency else _OF_CONSISTENCY:
+    for name, recipes in _READ_BY.items():
         value, default = getattr(config, name), getattr(FitConfig, name)
-        if value != default:
+        if config.recipe not in recipes and value != default:
+            others = " or ".join(repr(recipe) for recipe in recipes if recipe != "baseline")
             raise CamtrainError(
                 f"{name}: recipe {config.recipe!r} does not read it, got {value!r}; leave it at "
-                f"{default!r} or take recipe {'entropy' if consistency else 'consistency'!r}"
+                f"{default!r} or take recipe {others}"
             )
 
 

@@ -33,6 +33,12 @@ CONSISTENCY_PANELS: Panels = (
     ("sparsity", "mean norm", "Norm of the maps"),
     ("uniform", "share", "Nearly uniform maps"),
 )
+GRADIENT_PANELS: Panels = (
+    ("accuracy", "accuracy", "Accuracy"),
+    ("cross_entropy", "nats", "Cross-entropy"),
+    ("gradient_error", "error", "Error of the input gradient (training)"),
+    ("gradient_norm", "2-norm", "Norm of the input gradient (training)"),
+)
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:

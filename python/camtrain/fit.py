@@ -236,13 +236,11 @@ def _finish(
     evaluation: Evaluation | None,
 ) -> None:
     config, examples, classes = run.config, run.examples, run.classes
-    consistency = evaluation is not None
-    weights = f"alpha = {config.alpha:g}, " * consistency + f"beta = {config.beta:g}"
+    weights, panels = _described(config)
     name = f"{config.arch} on {config.data}, {weights}"
     try:
         state = module.model.state_dict()
         AtomicCheckpointIO().save_checkpoint(dict(state), folder / "model.pt")
-        panels = figures.CONSISTENCY_PANELS if consistency else figures.PANELS
         figures.curves({name: run.rows}, folder / "curves.png", name, panels)
         count = range(len(examples.targets))
         figures.before_and_after(
@@ -268,6 +266,16 @@ def _finish(
             f"training is done and its checkpoint is intact, but {error}; make room, then "
             f"camtrain fit --resume --out {folder}"
         ) from error
+
+
+def _described(config: FitConfig) -> tuple[str, figures.Panels]:
+    """Weights of the loss, for titles, and what the curves show."""
+    if config.recipe == "interpretable":
+        text = f"{config.error}, weight {config.gradient_weight:g}"
+        return text, figures.GRADIENT_PANELS
+    if config.recipe == "consistency":
+        return f"alpha = {config.alpha:g}, beta = {config.beta:g}", figures.CONSISTENCY_PANELS
+    return f"beta = {config.beta:g}", figures.PANELS
 
 
 def _backend(name: str) -> Any:

@@ -128,12 +128,10 @@ class EpochMeasures(SplitMeasures):
         return self.maps.compute()
 
 
-class ConsistencyMeasures(SplitMeasures):
-    """With the terms of the consistency loss, as means over samples; with alpha = 0 there is no
-    consistency in training.
-    """
+class TermMeasures(SplitMeasures):
+    """With terms of the loss, as means over samples; what the loss does not measure is left out."""
 
-    TERMS = ("consistency", "sparsity", "dead", "uniform")
+    TERMS: tuple[str, ...] = ()
 
     def __init__(self, classes: int) -> None:
         super().__init__(classes)
@@ -152,3 +150,15 @@ class ConsistencyMeasures(SplitMeasures):
         """The means."""
         metrics = {name: getattr(self, name) for name in self.TERMS}
         return {name: metric.compute() for name, metric in metrics.items() if metric.weight > 0}
+
+
+class ConsistencyMeasures(TermMeasures):
+    """Of the consistency loss; with alpha = 0 there is no consistency in training."""
+
+    TERMS = ("consistency", "sparsity", "dead", "uniform")
+
+
+class GradientMeasures(TermMeasures):
+    """Of the interpretable-gradient loss, which takes no gradient in test."""
+
+    TERMS = ("gradient_error", "gradient_norm", "guided_gradient_norm", "zero_gradients")

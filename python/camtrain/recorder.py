@@ -157,6 +157,7 @@ _SHOWN = (
     ("cd", "dispersion", "{:.3f}"),
     ("SSIM", "consistency", "{:.3f}"),
     ("norm", "sparsity", "{:.3g}"),
+    ("error", "gradient_error", "{:.3f}"),
     ("dead", "dead", "{:.1%}"),
     ("uniform", "uniform", "{:.1%}"),
 )

@@ -13,7 +13,12 @@ from camkernels import backends
 from camtrain.config import FitConfig
 from camtrain.data.sampling import generator
 from camtrain.errors import CamtrainError
-from camtrain.measures import ConsistencyMeasures, EpochMeasures, SplitMeasures
+from camtrain.measures import (
+    ConsistencyMeasures,
+    EpochMeasures,
+    GradientMeasures,
+    SplitMeasures,
+)
 from camtrain.models import default_layer
 
 
@@ -104,6 +109,8 @@ class Classifier(pl.LightningModule):
         if "images" not in batch:
             return None  # every picture of the batch was damaged
         images, targets = batch["images"], batch["targets"]
+        if self.config.precision == "64-true":
+            images = images.double()  # they come as bytes, which Lightning does not convert
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.model(images)
@@ -144,7 +151,8 @@ class Classifier(pl.LightningModule):
             backend = backends.resolve(weight.device, weight.dtype)
         except Exception as error:
             backend = f"none ({error})"
-        return {"head": str(self.criterion.head), "backend": backend}
+        head = getattr(self.criterion, "head", "none")
+        return {"head": str(head), "backend": backend}
 
 
 def ssim_options(config: FitConfig) -> dict[str, Any]:
@@ -195,7 +203,54 @@ class ConsistencyClassifier(Classifier):
         measures.update(logits, batch["targets"], loss, self.criterion.terms)
 
 
+class InterpretableClassifier(Classifier):
+    """Trains ``model`` by cross-entropy + weight x error of the input gradient.
+
+    The model's ReLUs, BatchNorms and convolutions are swapped for camkernels' in place; its
+    ``state_dict`` keeps its names. Under test no gradient is taken, so there the errors are not
+    measured.
+
+    Source: A learning paradigm for interpretable gradients, Algorithm 1.
+    """
+
+    def __init__(self, model: nn.Module, config: FitConfig, classes: int) -> None:
+        options = {} if config.engine == "off" else {"engine": True, "memory": config.engine}
+        try:
+            model = ck.swap_in(model, **options)
+        except ck.EngineError as error:
+            raise CamtrainError(f"engine: {error}") from error
+        super().__init__(model, config, classes)
+
+    def _make_measures(self, classes: int) -> SplitMeasures:
+        return GradientMeasures(classes)
+
+    def _make_criterion(self) -> Any:
+        config = self.config
+        return ck.InterpretableGradientLoss(
+            self.model,
+            config.error,  # type: ignore[arg-type]
+            config.gradient_weight,
+            every=config.every,
+            label_smoothing=config.label_smoothing,
+        )
+
+    def _begin_epoch(self) -> None:
+        warm = self.current_epoch >= self.config.warmup_epochs
+        self.criterion.weight = self.config.gradient_weight if warm else 0.0
+        # so that a resumed run takes the error at the same steps
+        self.criterion.calls = self.trainer.global_step
+
+    def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
+        measures = self.split(split)
+        assert isinstance(measures, GradientMeasures)
+        measures.update(logits, batch["targets"], loss, self.criterion.terms)
+
+    def describe(self) -> dict[str, str]:
+        """There is no head between a layer and the logits that would be asked."""
+        return {**super().describe(), "head": f"input gradient, engine {self.config.engine}"}
+
+
 def make_classifier(model: nn.Module, config: FitConfig, classes: int) -> Classifier:
     """The module of ``config.recipe``."""
-    kind = ConsistencyClassifier if config.recipe == "consistency" else Classifier
-    return kind(model, config, classes)
+    kinds = {"consistency": ConsistencyClassifier, "interpretable": InterpretableClassifier}
+    return kinds.get(config.recipe, Classifier)(model, config, classes)
