@@ -79,7 +79,11 @@ _HELP = {
     "out": "run folder",
 }
 _ALIASES = {"root": ("--data-root",), "arch": ("--model",)}
-# Set by the grid of a study.
+# The grid of the consistency study, and what only the other one reads.
+_GRID = (("alphas", float, "A"), ("betas", float, "B"), ("norms", float, "P"))
+_GRID_DEFAULTS = {"alphas": [0.0, 0.1, 1.0], "betas": [0.0, 1e-6], "norms": [1.0]}
+_OF_RECIPES = ("recipes", "set", "steps", "score_limit")
+# Set by a study.
 _VARIED = ("recipe", "alpha", "beta", "norm", "seed", "out")
 
 
@@ -137,18 +141,24 @@ def _add_fields(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
 def _add_study(commands: Any) -> None:
     study = commands.add_parser(
         "study",
-        help="train a grid of settings and tabulate them",
-        description="Train every setting of a grid of the recipe and tabulate accuracy, "
-        "consistency and insertion AUC. A setting that is done is skipped and one that was cut "
-        "short goes on, so the same command again goes on with an interrupted study. All flags of "
-        "fit that the grid does not set are taken.",
+        help="train a grid of settings, or every recipe, and tabulate them",
+        description="consistency: train every setting of a grid of that recipe and tabulate "
+        "accuracy, consistency and insertion AUC. recipes: train every recipe from every seed, "
+        "score their maps alike, and tabulate what each changes. What is done is skipped and a run "
+        "that was cut short goes on, so the same command again goes on with an interrupted study. "
+        "All flags of fit that the study does not set are taken.",
         allow_abbrev=False,
     )
-    study.add_argument("recipe", choices=("consistency",), help="recipe of the settings")
-    study.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.1, 1.0], metavar="A")
-    study.add_argument("--betas", type=float, nargs="+", default=[0.0, 1e-6], metavar="B")
-    study.add_argument("--norms", type=float, nargs="+", default=[1.0], metavar="P")
+    study.add_argument("recipe", choices=("consistency", "recipes"), help="which study")
+    for name, kind, short in _GRID:
+        study.add_argument(f"--{name}", type=kind, nargs="+", metavar=short, help="consistency")
     study.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    study.add_argument("--recipes", nargs="+", metavar="RECIPE", help="recipes: which (all)")
+    study.add_argument(
+        "--set", nargs="+", metavar="RECIPE.KEY=VALUE", help="recipes: values of one recipe"
+    )
+    study.add_argument("--steps", type=int, help="recipes: of insertion and deletion (56)")
+    study.add_argument("--score-limit", type=int, help="recipes: pictures that are scored (200)")
     study.add_argument("--out", default="runs/study", help="folder for the runs and the table")
     study.add_argument("--overwrite", action="store_true", help="remove an earlier study in --out")
     study.add_argument("--config", type=Path, help="YAML file with the same keys as the flags")
@@ -233,17 +243,30 @@ def _study(arguments: argparse.Namespace) -> int:
     fixed = sorted(set(file) & {*_VARIED, *(name.replace("_", "-") for name in _VARIED)})
     if fixed:
         raise CamtrainError(f"config: the grid of a study sets {', '.join(fixed)}")
+    wrong = _GRID_DEFAULTS if arguments.recipe == "recipes" else _OF_RECIPES
+    for name in wrong:
+        if getattr(arguments, name) is not None:
+            raise CamtrainError(
+                f"{name}: study {arguments.recipe!r} does not read --{name.replace('_', '-')}"
+            )
+    options = {"overwrite": arguments.overwrite, "progress": arguments.progress}
+    if arguments.recipe == "recipes":
+        _import_training()
+        from camtrain import comparison
+
+        asked = {name: getattr(arguments, name) for name in ("recipes", "steps", "score_limit")}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        settings = comparison.parse_settings(arguments.set or [])
+        which = comparison.Options(seeds=arguments.seeds, settings=settings, **asked)
+        values = {**configuration.checked(file, "config file"), **given}
+        comparison.compare(Path(arguments.out), values, which, **options)
+        return 0
     base = configuration.resolve({**given, "recipe": arguments.recipe}, file)
     _import_training()
     from camtrain.study import Grid, study
 
-    study(
-        Path(arguments.out),
-        base,
-        Grid(arguments.alphas, arguments.betas, arguments.norms, arguments.seeds),
-        overwrite=arguments.overwrite,
-        progress=arguments.progress,
-    )
+    grid = [getattr(arguments, name) or default for name, default in _GRID_DEFAULTS.items()]
+    study(Path(arguments.out), base, Grid(*grid, arguments.seeds), **options)
     return 0
 
 

@@ -88,22 +88,33 @@ def evaluate_runs(runs: Sequence[Path], out: Path, options: Options) -> list[dic
     damaged: set[str] = set()
     examples: dict[str, Any] = {}
     for network in networks:
-        data = _data(network, options)
-        if options.steps > network.image_size**2:
-            raise CamtrainError(
-                f"steps: a picture has {network.image_size**2} pixels, got {options.steps}"
-            )
-        scores = {method: Scores(network.name, method) for method in methods}
-        loader = DataLoader(data, options.batch_size, collate_fn=collate_whole)
-        for batch in _shown(loader, f"{network.name}", options.progress):
-            damaged |= set(batch["damaged"])
-            if "images" in batch:
-                maps = _score(network, batch, scores, options)
-                _keep_examples(examples, network.name, batch, maps)
-        found += scores.values()
+        found += score_run(network, methods, options, damaged, examples)
     if not any(one.rows for one in found):
         raise CamtrainError(f"no test picture could be read ({len(damaged)} are damaged)")
     return scoring_report.write(out, found, examples, options, sorted(damaged))
+
+
+def score_run(
+    network: Trained,
+    methods: Sequence[str],
+    options: Options,
+    damaged: set[str],
+    examples: dict[str, Any],
+) -> list[Scores]:
+    """Scores of every method on one network; adds to what is damaged, and to the examples."""
+    if options.steps > network.image_size**2:
+        raise CamtrainError(
+            f"steps: a picture has {network.image_size**2} pixels, got {options.steps}"
+        )
+    data = _data(network, options)
+    scores = {method: Scores(network.name, method) for method in methods}
+    loader = DataLoader(data, options.batch_size, collate_fn=collate_whole)
+    for batch in _shown(loader, network.name, options.progress):
+        damaged |= set(batch["damaged"])
+        if "images" in batch:
+            maps = _score(network, batch, scores, options)
+            _keep_examples(examples, network.name, batch, maps)
+    return list(scores.values())
 
 
 def _check_alike(networks: Sequence[Trained]) -> None:
