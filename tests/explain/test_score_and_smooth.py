@@ -114,7 +114,7 @@ def test_score_cam_is_that_of_torch_cam(network: str, shared_data: Path) -> None
     model: nn.Module
     if network == "squeezenet":
         model, layer = real.squeezenet(shared_data), "features.12"
-        x = real.pictures([shared_data / "demo_images" / "both.png"], 112)
+        x = real.pictures([shared_data / "demo_images" / "both.png"], 80)
     else:
         model, layer = real.resnet20(shared_data), "layer3"
         folders = sorted((shared_data / "cifar10_subset" / "test").iterdir())
