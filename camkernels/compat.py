@@ -16,7 +16,7 @@ without aligned corners, see :class:`camkernels.ScoreCAM`. ``eigen_smooth`` is n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,7 @@ class ClassifierOutputSoftmaxTarget(ClassifierOutputTarget):
 
 
 class _Compatible:
-    _options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    _options: ClassVar[dict[str, Any]] = {}
     batch_size: int | None = None
     """Images of one forward, None for all (Score-CAM's masked ones: 32); may be set."""
     outputs: Tensor | None
@@ -133,7 +133,7 @@ class _Compatible:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._explainer.close()  # type: ignore[attr-defined]
+        self._explainer.close()
 
 
 def _scaled(maps: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class GradCAM(_Compatible):
 class GradCAMPlusPlus(_Compatible):
     """See :class:`camkernels.GradCAMPlusPlus`; with pytorch-grad-cam's eps of 1e-6."""
 
-    _options = {"eps": 1e-6}  # noqa: RUF012
+    _options: ClassVar[dict[str, Any]] = {"eps": 1e-6}
 
 
 class XGradCAM(_Compatible):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from camkernels.explain._run import Logits, Targets, check_images, evaluating, i
 Fusion = str | Callable[[Tensor], Tensor] | None
 """``"mean"``, ``"max"``, or a callable from maps (L, B, h, w) of L layers to (B, h, w)."""
 FUSIONS = ("mean", "max")
+Own = TypeVar("Own", bound="ImageMaps")
 
 
 def check_fusion(fusion: Fusion) -> None:
@@ -141,6 +143,16 @@ class ImageMaps(ABC):
     @abstractmethod
     def _forget(self) -> None:
         """Let go of what the last forward left."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove the hooks and let go of the kept activations."""
+
+    def __enter__(self: Own) -> Own:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def _size(size: str | tuple[int, int], images: Tensor) -> tuple[int, int] | None:

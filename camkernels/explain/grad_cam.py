@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from torch import Tensor, nn
 
@@ -118,8 +117,7 @@ class GradCAM(ImageMaps):
         self, images: Tensor, targets: Targets, logits: Logits | None, batch_size: int | None
     ) -> list[Tensor]:
         output = logits_of(self.model(images), logits)
-        if isinstance(targets, Tensor):
-            targets = targets.to(output.device)
+        targets = targets if make_scores(targets) else chosen(output, targets)
         return [evaluation.maps for evaluation in self._evaluations(output, targets)]
 
     def _forget(self) -> None:
@@ -133,14 +131,3 @@ class GradCAM(ImageMaps):
     def close(self) -> None:
         """Remove the hooks and let go of the kept activations."""
         self._tap.close()
-
-    def __enter__(self) -> GradCAM:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 from camkernels import functional
 from camkernels.explain._images import Fusion, ImageMaps, check_fusion, resized
 from camkernels.explain._run import Logits, Targets, chosen, logits_of, make_scores, scores
-from camkernels.taps.evaluate import ReshapeTransform
-from camkernels.taps.head import version_of
+from camkernels.taps.evaluate import ReshapeTransform, spatial
 from camkernels.taps.modules import LayerLike, find_layers, unwrap
-from camkernels.taps.tap import TapError
+from camkernels.taps.tap import Tap
 
 SCORES = ("logit", "softmax")
 
@@ -28,9 +26,9 @@ class ScoreCAM(ImageMaps):
     every score.) A channel that is constant over the image leaves nothing of it visible: all of
     them together cost one image.
 
-    Costs one forward of an image per channel. The masked images have the memory format
-    ``memory_format``: on a CPU ``torch.channels_last`` makes convolutions faster (a model that
-    calls ``view`` on feature maps cannot take it).
+    Costs one forward of an image per channel. ``memory_format`` is that of the masked images: with
+    ``torch.channels_last`` convolutions may run faster (a model that calls ``view`` on feature maps
+    cannot take it).
 
     Args:
         model: the classifier; DistributedDataParallel and ``torch.compile`` wrappers are opened.
@@ -71,7 +69,7 @@ class ScoreCAM(ImageMaps):
             raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
         self._single = isinstance(layer, (str, nn.Module))
         self.model = unwrap(model)
-        self._layers = find_layers(self.model, layer)
+        self._layers = [name for name, _ in find_layers(self.model, layer)]
         self.fusion, self._relu, self._reshape = fusion, relu, reshape_transform
         self._softmax, self._format = score == "softmax", memory_format or torch.contiguous_format
 
@@ -79,60 +77,20 @@ class ScoreCAM(ImageMaps):
         self, images: Tensor, targets: Targets, logits: Logits | None, batch_size: int | None
     ) -> list[Tensor]:
         assert batch_size is not None
-        with self._kept_activations() as activations:
+        tap = Tap(self.model, self._layers, "autograd", connect=False)
+        try:
             output = logits_of(self.model(images), logits)
+            pairs = zip(tap.activations(), self._layers, strict=True)
+            activations = [spatial(a, name, self._reshape) for a, name in pairs]
+        finally:
+            tap.close()  # masked images are nobody's forward
         score = self._score(targets if make_scores(targets) else chosen(output, targets))
         maps = []
-        for values in activations():
+        for values in activations:
             after = self._masked_scores(images, values, score, logits, batch_size)
             weighted = functional.class_activation_map(values, after.softmax(1), relu=self._relu)
             maps.append(weighted)
         return maps
-
-    @contextmanager
-    def _kept_activations(self) -> Iterator[Callable[[], list[Tensor]]]:
-        """Of the forward inside; what is given reads them after it."""
-        kept: dict[int, list[tuple[Any, int]]] = {}
-
-        def keep(index: int, output: Any) -> None:
-            version = version_of(output) if isinstance(output, Tensor) else 0
-            kept.setdefault(index, []).append((output, version))
-
-        def read() -> list[Tensor]:
-            return [
-                self._spatial(kept.get(i, []), name) for i, (name, _) in enumerate(self._layers)
-            ]
-
-        handles = [
-            module.register_forward_hook(lambda _, __, output, i=i: keep(i, output))
-            for i, (_, module) in enumerate(self._layers)
-        ]
-        try:
-            yield read
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _spatial(self, outputs: list[tuple[Any, int]], name: str) -> Tensor:
-        if len(outputs) != 1:
-            raise TapError(
-                f"layer {name!r} was reached {len(outputs)} times in one forward, not once"
-            )
-        values, version = outputs[0]
-        if not isinstance(values, Tensor):
-            raise TapError(f"layer {name!r} returns {type(values).__name__}, expected a tensor")
-        if version_of(values) != version:
-            raise TapError(
-                f"the output of layer {name!r} was changed in place after it; name the module that "
-                "does it, or make that module inplace=False"
-            )
-        values = values if self._reshape is None else self._reshape(values)
-        if values.dim() != 4:
-            raise TapError(
-                f"layer {name!r} gives shape {tuple(values.shape)}, expected (B, K, h, w); for "
-                "tokens pass reshape_transform"
-            )
-        return values
 
     def _score(self, targets: Any) -> Callable[[Tensor, Tensor], Tensor]:
         """Scores (N,) in float32 of logits (N, C) and whose they are, (N,)."""
@@ -187,9 +145,3 @@ class ScoreCAM(ImageMaps):
 
     def close(self) -> None:
         """Nothing to do: hooks are there during a forward only."""
-
-    def __enter__(self) -> ScoreCAM:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -111,12 +111,6 @@ class SmoothGradCAMPlusPlus(ImageMaps):
         """Remove the hooks."""
         self._cam.close()
 
-    def __enter__(self) -> SmoothGradCAMPlusPlus:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 def _unit(gradients: Tensor) -> Tensor:
     """The largest gradient of each image (B, 1, 1, 1): what powers of them are counted in, lest

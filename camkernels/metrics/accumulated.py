@@ -16,28 +16,39 @@ from camkernels.metrics.road import PERCENTILES, ROADScores, check_road, road
 from camkernels.taps.modules import unwrap
 
 
-class _Means(Metric):
-    """Means of values per sample, by name. A sample without a number makes them NaN."""
+class _Sums(Metric):
+    """Sums over a data set, by name; shared over processes."""
 
     full_state_update = False
     is_differentiable = False
+    SUMS: tuple[str, ...] = ()
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in self.SUMS:
+            zero = torch.zeros((), dtype=torch.float64)
+            self.add_state(name, default=zero, dist_reduce_fx="sum")
+
+    def _add(self, **values: Tensor) -> None:
+        """Add values (B,) of a batch."""
+        for name, value in values.items():
+            setattr(self, name, getattr(self, name) + value.detach().double().sum())
+
+
+class _Means(_Sums):
+    """Means of values per sample, by name. A sample without a number makes them NaN."""
+
     NAMES: tuple[str, ...] = ("value",)
     count: Tensor
 
     def __init__(self, **options: Any) -> None:
+        self.SUMS = (*self.NAMES, "count", *self.SUMS)
         super().__init__(**options)
-        for name in (*self.NAMES, "count"):
-            zero = torch.zeros((), dtype=torch.float64)
-            self.add_state(name, default=zero, dist_reduce_fx="sum")
 
-    def _add(self, kept: Tensor | None = None, **values: Tensor) -> None:
-        """Add values (B,) of a batch, those that are ``kept`` (B,) only."""
-        for name, value in values.items():
-            wide = value.detach().double()
-            wide = wide if kept is None else torch.where(kept, wide, 0.0)
-            setattr(self, name, getattr(self, name) + wide.sum())
-        added = len(next(iter(values.values()))) if kept is None else kept.sum()
-        self.count = self.count + added
+    def _add_values(self, **values: Tensor) -> None:
+        """Add values (B,) of a batch, and how many they are."""
+        one = next(iter(values.values()))
+        self._add(**values, count=torch.ones_like(one))
 
     def compute(self) -> Any:
         """The mean; NaN where nothing came."""
@@ -125,7 +136,7 @@ class ConfidenceChange(_OfModel):
         before, after = confidence.confidence_change(
             score, images, maps, background=self._background
         )
-        self._add(
+        self._add_values(
             average_drop=confidence.drop(before, after),
             average_increase=confidence.increase(before, after),
             average_gain=confidence.gain(before, after, self._gain),
@@ -149,7 +160,7 @@ class RemovalChange(_OfModel):
         value = confidence.removal_change(
             score, images, maps, share=self._share, background=self._background
         )
-        self._add(value=value)
+        self._add_values(value=value)
 
 
 class InsertionAUC(_OfModel):
@@ -161,7 +172,7 @@ class InsertionAUC(_OfModel):
 
     def _measure(self, score: curves.Score, images: Tensor, maps: Tensor) -> None:
         options = {"steps": self._steps, "batch_size": self._batch_size}
-        self._add(value=curves.insertion_auc(score, images, maps, **options))
+        self._add_values(value=curves.insertion_auc(score, images, maps, **options))
 
 
 class DeletionAUC(InsertionAUC):
@@ -172,7 +183,7 @@ class DeletionAUC(InsertionAUC):
             score, images, maps, steps=self._steps, batch_size=self._batch_size,
             background=self._background,
         )  # fmt: skip
-        self._add(value=area)
+        self._add_values(value=area)
 
 
 class ROAD(_OfModel):
@@ -206,4 +217,4 @@ class ROAD(_OfModel):
 
     def _measure(self, score: curves.Score, images: Tensor, maps: Tensor) -> None:
         found = road(score, images, maps, batch_size=self._batch_size, **self._road)
-        self._add(**found._asdict())
+        self._add_values(**found._asdict())

@@ -6,31 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from camkernels.explain.consistency import consistency_scores
 from camkernels.functional import map_statistics, normalize_entropy
-from camkernels.metrics.accumulated import _Means
+from camkernels.metrics.accumulated import _Means, _Sums
 from camkernels.metrics.gradients import gradient_agreement, total_variation
 from camkernels.taps.modules import LayerLike, unwrap
-
-
-class _Sums(Metric):
-    """Sums over a data set, by name."""
-
-    full_state_update = False
-    is_differentiable = False
-    SUMS: tuple[str, ...] = ()
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        for name in self.SUMS:
-            zero = torch.zeros((), dtype=torch.float64)
-            self.add_state(name, default=zero, dist_reduce_fx="sum")
-
-    def _add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            setattr(self, name, getattr(self, name) + value.detach().double().sum())
 
 
 class MapStatisticsMeans(_Sums):
@@ -116,7 +97,7 @@ class MapConsistency(_Means):
         found = consistency_scores(
             model, layer, images, boxes, flips, targets=targets, **self._score_options
         )
-        self._add(value=found)
+        self._add_values(value=found)
 
 
 class GradientSmoothness(_Sums):

@@ -21,19 +21,15 @@ from camkernels.metrics.boxes import LEVELS, THRESHOLDS, best_box_ious
 class _OfRegions(_Means):
     """Means over the pictures that have a region; ``missing`` is the number of the others."""
 
+    SUMS = ("missing",)
     missing: Tensor
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        zero = torch.zeros((), dtype=torch.float64)
-        self.add_state("missing", default=zero, dist_reduce_fx="sum")
 
     def _add_found(self, value: Tensor, maps: Tensor, regions: Tensor) -> None:
         """NaN where the map is not finite, whatever was found in it."""
         finite = maps.flatten(1).isfinite().all(1)
         gone = shapes.missing(regions)
-        self._add(~gone, value=torch.where(finite, value.double(), math.nan))
-        self.missing = self.missing + gone.sum()
+        value = torch.where(gone, 0.0, torch.where(finite, value.double(), math.nan))
+        self._add(value=value, count=~gone, missing=gone)
 
 
 class PointingGame(_OfRegions):

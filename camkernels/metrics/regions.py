@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from camkernels.ops.best_box_ious.reference import segments
 
 
 def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -141,21 +142,13 @@ def box_of_map(maps: Tensor, size: tuple[int, int], threshold: float = 0.15) -> 
 
 def _largest_segment(marked: Tensor) -> Tensor:
     """The largest connected part of each mask (B, H, W)."""
-    batch, height, width = marked.shape
-    numbers = torch.arange(height * width, 0, -1, device=marked.device, dtype=torch.float64)
-    labels = torch.where(marked, numbers.view(1, height, width), 0.0)
-    while True:  # the highest number of a segment spreads over it
-        spread = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0]
-        spread = torch.where(marked, spread, 0.0)
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    index = labels.long().flatten(1)
-    counts = torch.zeros(batch, height * width + 1, dtype=torch.long, device=marked.device)
+    height, width = marked.shape[1:]
+    # numbered backwards, the first of equal ones has the highest number
+    index = segments(marked.flip(1, 2)).flip(1, 2).flatten(1)
+    counts = index.new_zeros(len(marked), height * width + 1)
     counts.scatter_add_(1, index, torch.ones_like(index))
     counts[:, 0] = 0
-    best = counts.flip(1).argmax(1)  # of equal ones that of the highest number, the first
-    best = height * width - best
+    best = height * width - counts.flip(1).argmax(1)
     return marked & (index == best[:, None]).view_as(marked)
 
 

@@ -59,15 +59,16 @@ class Evaluator:
                     f"stale forward: layer {name!r} last saw a batch of {tensor.shape[0]}, the "
                     f"logits hold {logits.shape[0]}"
                 )
-        spatial = [self._spatial(a, n) for a, n in zip(activations, self.tap.names, strict=True)]
+        pairs = zip(activations, self.tap.names, strict=True)
+        values = [spatial(a, name, self.reshape_transform) for a, name in pairs]
         head = None if self.reshape_transform is not None else self.tap.usable_head()
         with modes.no_autocast(logits.device):
             if head is not None:
                 chosen = classes if isinstance(classes, Tensor) else _slopes(logits, classes)
-                evaluation = self._by_closed_form(head, spatial[0], logits, chosen)
+                evaluation = self._by_closed_form(head, values[0], logits, chosen)
                 if evaluation is not None:
                     return [evaluation]
-            return self._by_autograd(activations, spatial, logits, classes)
+            return self._by_autograd(activations, values, logits, classes)
 
     def other_classes(self, logits: Tensor, classes: Tensor) -> tuple[F.MapStatistics, int, Tensor]:
         """Statistics of the maps of every class but ``classes``, one layer only.
@@ -86,16 +87,6 @@ class Evaluator:
                 (activations,) = self.tap.activations()
                 maps = _maps_of_all_classes(head, activations, self.relu)
             return F.map_statistics(maps.flatten(0, 1)), maps.shape[2] * maps.shape[3], counted
-
-    def _spatial(self, activations: Tensor, name: str) -> Tensor:
-        if self.reshape_transform is not None:
-            activations = self.reshape_transform(activations)
-        if activations.dim() != 4:
-            raise TapError(
-                f"layer {name!r} gives shape {tuple(activations.shape)}, expected (B, K, h, w); "
-                "for tokens pass reshape_transform"
-            )
-        return activations
 
     # -- closed form ---------------------------------------------------------------------------
 
@@ -183,23 +174,21 @@ class Evaluator:
     def _by_autograd(
         self,
         activations: list[Tensor],
-        spatial: list[Tensor],
+        values: list[Tensor],
         logits: Tensor,
         classes: Tensor | ScoreFn,
     ) -> list[Evaluation]:
         graph_logits = self.tap.connected(logits)
         gradients, scales = self._gradients(activations, graph_logits, classes)
         results = []
-        for values, gradient, scale in zip(spatial, gradients, scales, strict=True):
+        for one, gradient, scale in zip(values, gradients, scales, strict=True):
             if self.reshape_transform is not None:
                 gradient = self.reshape_transform(gradient)
             if self.maps is not None:
-                found = self._by_method(values, gradient, scale)
+                found = self._by_method(one, gradient, scale)
                 statistics, maps, scale = found.statistics, found.maps, 1.0
             else:
-                statistics, maps = F.cam_statistics(
-                    values, gradient, relu=self.relu, return_maps=True
-                )
+                statistics, maps = F.cam_statistics(one, gradient, relu=self.relu, return_maps=True)
             if not torch.is_grad_enabled():  # under no_grad the tapped layer is a leaf of ours
                 statistics = F.MapStatistics(*(s.detach() for s in statistics))
                 maps = maps.detach()
@@ -235,8 +224,8 @@ class Evaluator:
         maps = []
         for index in range(logits.shape[1]):
             classes = torch.full((logits.shape[0],), index, device=logits.device)
-            spatial = [self._spatial(activations[0], self.tap.names[0])]
-            maps.append(self._by_autograd(activations, spatial, logits, classes)[0].maps)
+            values = [spatial(activations[0], self.tap.names[0], self.reshape_transform)]
+            maps.append(self._by_autograd(activations, values, logits, classes)[0].maps)
         return torch.stack(maps, 1)
 
     def _unconnected(self) -> str:
@@ -274,6 +263,18 @@ def _scores(logits: Tensor, classes: Tensor | ScoreFn) -> Tensor:
     if classes.is_inference():
         classes = classes.clone()  # an inference tensor cannot enter a graph
     return logits.gather(1, classes[:, None])
+
+
+def spatial(values: Tensor, name: str, reshape_transform: ReshapeTransform | None) -> Tensor:
+    """What layer ``name`` gave, as (B, K, h, w)."""
+    if reshape_transform is not None:
+        values = reshape_transform(values)
+    if values.dim() != 4:
+        raise TapError(
+            f"layer {name!r} gives shape {tuple(values.shape)}, expected (B, K, h, w); "
+            "for tokens pass reshape_transform"
+        )
+    return values
 
 
 def _score_scale(activations: Tensor) -> float:

@@ -91,13 +91,19 @@ class Tap:
         model: the user's model, also inside DistributedDataParallel or ``torch.compile``.
         layers: names or modules.
         head: ``"auto"``, ``"autograd"`` or ``"closed_form"``, see :class:`camkernels.GradCAM`.
+        connect: under ``no_grad`` run what lies behind the layers with gradients on. Without it
+            outputs are kept as they are, for who needs no gradient.
 
     Nothing else of the model is touched: not its mode, ``.grad``, buffers or random state. Copies
     and pickles of the model carry no tap.
     """
 
     def __init__(
-        self, model: nn.Module, layers: LayerLike | Sequence[LayerLike], head: str = "auto"
+        self,
+        model: nn.Module,
+        layers: LayerLike | Sequence[LayerLike],
+        head: str = "auto",
+        connect: bool = True,
     ) -> None:
         if head not in HEADS:
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
@@ -105,7 +111,7 @@ class Tap:
         found = find_layers(self.model, layers)
         self.names = [name for name, _ in found]
         self.modules = [module for _, module in found]
-        self.head_choice = head
+        self.head_choice, self._connects = head, connect
         self.head: ClosedFormHead | None = None
         self.head_reason = "no forward has run yet"
         self._examined = head == "autograd"
@@ -149,10 +155,11 @@ class Tap:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
         # The copied model (once, by the memo) carries inert hooks: tap it anew.
-        return Tap(copy.deepcopy(self.model, memo), self.names, self.head_choice)
+        model = copy.deepcopy(self.model, memo)
+        return Tap(model, self.names, self.head_choice, self._connects)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tap, (self.model, self.names, self.head_choice)
+        return Tap, (self.model, self.names, self.head_choice, self._connects)
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -189,7 +196,7 @@ class Tap:
                 f"layer {self.names[index]!r} runs inside a reentrant checkpoint, which hides its "
                 "graph; pass use_reentrant=False, or tap the checkpointed module itself"
             )
-        replaced = self._connect(output)
+        replaced = self._connect(output) if self._connects else None
         kept = output if replaced is None else replaced
         self._forward.layers[index] = _Seen(kept, version_of(kept))
         if self._forward.steps is not None:

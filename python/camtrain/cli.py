@@ -30,6 +30,7 @@ _HELP = {
     "damaged": "files that cannot be read: skip and count them, or stop",
     "image_size": "side of the square pictures, in pixels",
     "augment": "not voc, digits: train on a random crop, mirrored or not, else on the centre",
+    "augment_on": "where crops are cut: by the loader, or batches at a time by the device",
     "crop_scale": "see augment: least share of the picture in the crop",
     "limit_train": "at most so many training samples",
     "limit_test": "at most so many test samples",

@@ -25,6 +25,7 @@ from camtrain.data.module import CamtrainData, collate
 from camtrain.errors import CamtrainError, DivergedError
 from camtrain.evaluation import crops
 from camtrain.fit import InterruptedRunError, fit
+from camtrain.study import averages
 from camtrain.trained import Trained, device_of, load_run
 
 RECIPES = ("baseline", "entropy", "consistency", "interpretable")
@@ -257,11 +258,7 @@ def tabulate(options: Options, results: Sequence[Mapping[str, Any]]) -> list[dic
         row: dict[str, Any] = {"recipe": recipe, "seeds": len(mine)}
         row["diverged"] = sum("diverged" in result for result in mine)
         for title, _ in COLUMNS:
-            values = [result.get(title) for result in mine]
-            complete = all(value is not None for value in values)
-            row[title] = float(np.mean(values)) if complete else None  # type: ignore[arg-type]
-            if len(mine) > 1:
-                row[f"{title} sd"] = float(np.std(values)) if complete else None  # type: ignore[arg-type]
+            row |= averages(mine, title, f"{title} sd")
         rows.append(row)
     return rows
 

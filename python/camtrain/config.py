@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "regularizer": ("entropy", "area", "dispersion"),
     "target": ("true", "predicted"),
     "head_path": ("auto", "autograd"),
+    "augment_on": ("loader", "device"),
     "error": ("cosine", "histogram", "histogram_paper", "sigmoid", "centered_sigmoid"),
     "engine": ("off", "fast", "lean"),
     "window": ("gaussian", "uniform"),
@@ -53,6 +54,7 @@ class FitConfig:
     image_size: int = 64
     augment: bool = True
     crop_scale: float = 0.08
+    augment_on: str = "loader"
     limit_train: int | None = None
     limit_test: int | None = None
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
-from torch.nn import functional as F
 
+from camkernels import viz
+from camkernels.viz.files import png
 from camtrain import files
 
 # Okabe and Ito: told apart with every common colour blindness.
@@ -43,9 +41,7 @@ GRADIENT_PANELS: Panels = (
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a figure as PNG in one step."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format="png", facecolor="white")
-    files.write_bytes(path, buffer.getvalue())
+    files.write_bytes(path, png(figure, dpi))
 
 
 def curves(
@@ -114,56 +110,6 @@ def distribution(scores: Mapping[str, Tensor], path: Path, title: str, label: st
     save(figure, path)
 
 
-def picture(image: Tensor) -> np.ndarray:
-    """(3, H, W) uint8 to (H, W, 3) for matplotlib."""
-    return image.permute(1, 2, 0).cpu().numpy()
-
-
-def overlay(image: Tensor, cam: Tensor) -> np.ndarray:
-    """The map over the picture, in viridis, where it is strong more of the map.
-
-    The map is divided by its maximum, not stretched from its minimum: stretching would make a
-    nearly flat map look decided.
-
-    Args:
-        image: (3, H, W) uint8. cam: (h, w), not negative.
-
-    Returns:
-        (H, W, 3) in 0..1.
-    """
-    size = image.shape[-2:]
-    large = F.interpolate(cam[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
-    peak = float(large.max())
-    strength = (large / peak if peak > 0 else large * 0).cpu().numpy()
-    colour = mpl.colormaps["viridis"](strength)[..., :3]
-    grey = picture(image).mean(-1, keepdims=True) / 255
-    share = 0.75
-    return np.clip((1 - share) * grey + share * colour, 0, 1)
-
-
-def _bare(axis: Any) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(False)
-
-
-def _box(axis: Any, box: Tensor | None, colour: str = "white") -> None:
-    if box is None:
-        return
-    top, left, height, width = box.tolist()
-    for ink, line in (("black", 2.6), (colour, 1.3)):
-        axis.add_patch(
-            Rectangle((left - 0.5, top - 0.5), width, height, fill=False, ec=ink, lw=line)
-        )
-
-
-def _colour_bar(figure: Figure, axes: Any) -> None:
-    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "viridis")
-    bar = figure.colorbar(scale, ax=axes, shrink=0.35, aspect=16, pad=0.015)
-    bar.set_label("map / its maximum", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-
-
 def before_and_after(
     images: Tensor,
     boxes: Tensor | None,
@@ -175,28 +121,24 @@ def before_and_after(
 ) -> None:
     """Rows of pictures; columns: the picture, then the map of each run over it.
 
+    A map is divided by its maximum, not stretched from its minimum: stretching would make a nearly
+    flat map look decided.
+
     Args:
         images: (N, 3, H, W) uint8. boxes: (N, 4) or None.
-        columns: name of the run to maps (N, h, w).
+        columns: name of the run to maps (N, h, w), not negative.
         captions: name of the run to one line under each map.
         rows: one line under each picture.
         path: where the PNG goes. title: above all.
     """
-    count, width = len(images), 1 + len(columns)
-    figure = Figure(figsize=(2.05 * width + 0.9, 2.2 * count + 0.7), layout="constrained")
-    axes = figure.subplots(count, width, squeeze=False)
-    for i in range(count):
-        box = None if boxes is None else boxes[i]
-        axes[i, 0].imshow(picture(images[i]))
-        axes[i, 0].set_xlabel(rows[i], fontsize=8.5)
-        for j, (name, maps) in enumerate(columns.items(), 1):
-            axes[i, j].imshow(overlay(images[i], maps[i]))
-            axes[i, j].set_xlabel(captions[name][i], fontsize=8.5)
-        for axis in axes[i]:
-            _box(axis, box)
-            _bare(axis)
-    for axis, name in zip(axes[0], ("input", *columns), strict=True):
-        axis.set_title(name, fontsize=11)
-    _colour_bar(figure, axes)
-    figure.suptitle(title, fontsize=11.5)
-    save(figure, path)
+    sheet = viz.map_sheet(
+        images,
+        columns,
+        captions={"input": rows, **captions},
+        true_boxes=boxes,
+        title=title,
+        scale="max",
+        grey=True,
+        alpha=0.75,
+    )
+    save(sheet, path)

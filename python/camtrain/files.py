@@ -11,12 +11,12 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from camkernels.viz.files import write
 from camtrain.errors import CamtrainError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,21 +46,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         DiskFullError: no room (or no quota); an older ``path`` stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write(path, content)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         if error.errno in _FULL:
             kept = "the older file is intact" if path.exists() else "nothing was written"
             raise DiskFullError(
-                f"no room for {path} ({len(content) >> 20} MiB): {error.strerror}; {kept}"
+                f"no room for {path} ({len(content) >> 20} MiB): {os.strerror(error.errno)}; {kept}"
             ) from error
         raise
 

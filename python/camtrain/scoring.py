@@ -57,8 +57,12 @@ class Scores:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Per picture and class; a score that there is none for is NaN."""
     curves: Curves = field(default_factory=lambda: {"insertion": [], "deletion": []})
-    boxes: list[Tensor] = field(default_factory=list)
-    """Best IoU of each picture at each threshold (B, T), where it has one object."""
+    boxes: metrics.MaxBoxAccV2 = field(default_factory=metrics.MaxBoxAccV2)
+    """Of pictures with one object."""
+
+    def max_box_acc(self) -> float:
+        """MaxBoxAccV2; NaN where a map was not finite."""
+        return float(self.boxes.compute()["max_box_acc"])
 
 
 def evaluate_runs(runs: Sequence[Path], out: Path, options: Options) -> list[dict[str, Any]]:
@@ -241,7 +245,7 @@ def _of_boxes(
     }
     single = [i for i, group in enumerate(batch["group"]) if group == SINGLE and known[i].any()]
     if single:
-        into.boxes.append(metrics.best_box_ious(maps[single], boxes[single, 0], size).cpu())
+        into.boxes.update(maps[single].cpu(), boxes[single, 0].cpu(), size)
     return {name: torch.where(finite, values, math.nan) for name, values in columns.items()}
 
 

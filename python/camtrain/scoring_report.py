@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from camkernels import viz
-from camkernels.metrics.boxes import LEVELS
 from camtrain import files
 from camtrain.data.whole import SEVERAL, SINGLE
 from camtrain.errors import CamtrainError
@@ -82,8 +81,8 @@ def table(found: Sequence[Scores]) -> list[dict[str, Any]]:
             }
             for name, title, factor, _ in COLUMNS:
                 row[title] = factor * _mean([r[name] for r in chosen])
-            only = group in (None, SINGLE)
-            row["MaxBoxAccV2 %"] = 100 * max_box_acc(scores.boxes) if only else math.nan
+            only = group in (None, SINGLE) and scores.boxes.update_called
+            row["MaxBoxAccV2 %"] = 100 * scores.max_box_acc() if only else math.nan
             rows.append({k: _plain(v) for k, v in row.items()})
     return rows
 
@@ -95,17 +94,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def max_box_acc(ious: Sequence[Tensor]) -> float:
-    """MaxBoxAccV2 of best IoUs (B, T) per batch: see :class:`camkernels.metrics.MaxBoxAccV2`."""
-    if not ious:
-        return math.nan
-    joined = torch.cat(list(ious))
-    if not bool(joined.isfinite().all()):
-        return math.nan
-    best = [float((joined >= level).double().mean(0).amax()) for level in LEVELS]
-    return sum(best) / len(best)
 
 
 def write(

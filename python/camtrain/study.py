@@ -208,13 +208,22 @@ def tabulate(grid: Grid, results: Sequence[Mapping[str, Any]]) -> list[dict[str,
         row: dict[str, Any] = {**setting._asdict(), "seeds": len(mine)}
         row["diverged"] = sum("diverged" in result for result in mine)
         for _, key, _ in _FIGURES:
-            values = [result.get(key) for result in mine]
-            complete = all(value is not None for value in values)
-            row[key] = float(np.mean(values)) if complete else None  # type: ignore[arg-type]
-            if len(mine) > 1:
-                row[f"{key}/sd"] = float(np.std(values)) if complete else None  # type: ignore[arg-type]
+            row |= averages(mine, key, f"{key}/sd")
         rows.append(row)
     return rows
+
+
+def averages(
+    results: Sequence[Mapping[str, Any]], key: str, deviation: str
+) -> dict[str, float | None]:
+    """Mean over results, and the deviation (of the population) over several; None where one lacks
+    the figure."""
+    values = [result[key] for result in results if result.get(key) is not None]
+    complete = len(values) == len(results)
+    found = {key: float(np.mean(values)) if complete else None}
+    if len(results) > 1:
+        found[deviation] = float(np.std(values)) if complete else None
+    return found
 
 
 def _described(setting: Setting) -> str:

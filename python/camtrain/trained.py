@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from camtrain import config as configuration
 from camtrain import files
 from camtrain.config import FitConfig
-from camtrain.data.pictures import MEAN, STD
+from camtrain.data.pictures import MEAN, STD, normalised
 from camtrain.errors import CamtrainError
 from camtrain.models import build_model, default_layer, load_weights, plain_model, read_weights
 
@@ -39,12 +39,8 @@ class Trained:
     def normalise(self, images: Tensor) -> Tensor:
         """Bytes (B, 3, S, S) to what the network takes, on its device."""
         parameter = next(self.model.parameters())
-        shares = images.to(parameter.device).to(parameter.dtype) / 255
-        mean, std = (
-            torch.tensor(v, dtype=shares.dtype, device=shares.device).view(-1, 1, 1)
-            for v in (self.mean, self.std)
-        )
-        return (shares - mean) / std
+        found = normalised(images.to(parameter.device), self.mean, self.std)
+        return found.to(parameter.dtype)
 
     def label(self, index: int) -> str:
         """Name of a class, or its number."""

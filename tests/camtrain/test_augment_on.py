@@ -60,8 +60,8 @@ def test_of_pictures_they_are_the_same_to_bilinear_tolerance(tmp_path: Path) -> 
 @pytest.mark.parametrize("place", ["loader", "device"])
 def test_training_sees_crops_and_testing_the_middle(place: str, tiny: Tiny, tmp_path: Path) -> None:
     birds = TinyCUB(tmp_path / "data")
-    config = tiny(data="cub", root=str(birds.root), arch="smallresnet", beta=0.0)
-    data = CamtrainData(config, augment_on=place)
+    config = tiny(data="cub", root=str(birds.root), arch="smallresnet", beta=0.0, augment_on=place)
+    data = CamtrainData(config)
     assert ("crops" in data.train[0]) == (place == "device")
     module = make_classifier(build_model(config, 2), config, 2)
     batch = data.on_after_batch_transfer(collate([data.train[Draw(0, i)] for i in range(4)]), 0)
@@ -71,7 +71,7 @@ def test_training_sees_crops_and_testing_the_middle(place: str, tiny: Tiny, tmp_
     assert torch.isfinite(module.model(batch["images"])).all()
     other = data.on_after_batch_transfer(collate([data.train[Draw(1, i)] for i in range(4)]), 0)
     assert not torch.equal(batch["images"], other["images"])
-    again = CamtrainData(config, augment_on=place)
+    again = CamtrainData(config)
     same = again.on_after_batch_transfer(collate([again.train[Draw(0, i)] for i in range(4)]), 0)
     assert torch.equal(batch["images"], same["images"])
     assert set(data.test[0]) == {"images", "targets", "boxes"}
@@ -80,4 +80,4 @@ def test_training_sees_crops_and_testing_the_middle(place: str, tiny: Tiny, tmp_
 
 def test_another_place_is_refused(tiny: Tiny) -> None:
     with pytest.raises(CamtrainError, match="augment_on: got 'gpu', allowed are loader, device"):
-        CamtrainData(tiny(), augment_on="gpu")
+        tiny(augment_on="gpu")

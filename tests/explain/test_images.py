@@ -57,11 +57,11 @@ def images(count: int = 4) -> Tensor:
     return torch.rand(count, 3, 11, 9, generator=generator).double()
 
 
-@every_method
-@pytest.mark.parametrize("tanh", [False, True])
+# CAM needs a head with a closed form, which a Tanh has not
+@pytest.mark.parametrize(
+    ("name", "tanh"), [(n, t) for n in METHODS for t in (False, True) if not (t and n == "CAM")]
+)
 def test_explain(name: str, tanh: bool) -> None:
-    if tanh and name == "CAM":
-        pytest.skip("CAM needs a closed form")
     model, x = Net(tanh).double().train(), images()
     with METHODS[name](model, "second") as cam:
         whole = cam.explain(x, TARGETS)

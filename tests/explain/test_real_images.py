@@ -148,8 +148,8 @@ def test_metrics_are_those_of_torch_cam(
     resnet20: nn.Module, small_pictures: tuple[Tensor, Tensor]
 ) -> None:
     """Average drop and increase, insertion and deletion: those that it defines alike."""
-    methods = pytest.importorskip("torchcam.methods")
-    peer = pytest.importorskip("torchcam.metrics")
+    methods = pytest.importorskip("torchcam.methods", reason="make test installs it")
+    peer = pytest.importorskip("torchcam.metrics", reason="make test installs it")
     images, _ = small_pictures
     classes = resnet20(images).argmax(1)
 
@@ -194,7 +194,7 @@ def test_metrics_are_those_of_torch_cam(
 
 def test_transformers_by_reshape_transform() -> None:
     """A ViT and a Swin of timm, against pytorch-grad-cam."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="make test installs it")
     peer = pytest.importorskip("pytorch_grad_cam")
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64)
@@ -212,9 +212,9 @@ def test_transformers_by_reshape_transform() -> None:
         "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(1, 1), num_heads=(2, 4),
         embed_dim=16, num_classes=7,
     ).eval()  # fmt: skip
-    for model, layer, reshape in (
-        (vit, "blocks.1.norm1", of_vit),
-        (swin, "layers.1.blocks.0.norm1", of_swin),
+    for model, layer, reshape, grid in (
+        (vit, "blocks.1.norm1", of_vit, (4, 4)),
+        (swin, "layers.1.blocks.0.norm1", of_swin, (8, 8)),
     ):
         for name in ("GradCAM", "LayerCAM"):
             twin = copy.deepcopy(model)
@@ -227,4 +227,4 @@ def test_transformers_by_reshape_transform() -> None:
                 maps = cam.explain(images, size="input")
             assert float((ck.min_max_normalize(maps) - expected).abs().max()) <= 1e-3
         with ck.ScoreCAM(model, layer, reshape_transform=reshape) as cam:
-            assert cam.explain(images).shape[0] == 2
+            assert cam.explain(images).shape == (2, *grid)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -16,6 +15,7 @@ from camtrain.config import FitConfig
 from camtrain.data import caltech, cifar, cub, dogs, folder
 from camtrain.data.digits import SIZES, Digits
 from camtrain.data.labelled import LabelledPictures, Splits, check_several, cut_out
+from camtrain.data.pictures import normalised
 from camtrain.data.sampling import EpochSampler
 from camtrain.data.voc import VOCBoxes, describe_skipped
 from camtrain.errors import CamtrainError
@@ -37,25 +37,16 @@ class CamtrainData(pl.LightningDataModule):
     A batch holds ``images`` (B, 3, S, S), ``targets`` (B,), ``boxes`` (B, 4) where the object's
     place is known, and ``damaged``, a list of messages. Images are bytes on their way and are
     normalised on the device.
-
-    Args:
-        config: of the run.
-        augment_on: where random crops are cut, of data sets that take them: ``"loader"`` or
-            ``"device"``, see :class:`LabelledPictures`.
     """
 
-    def __init__(self, config: FitConfig, augment_on: str = "loader") -> None:
+    def __init__(self, config: FitConfig) -> None:
         super().__init__()
         self.config = config
-        if augment_on not in ("loader", "device"):
-            raise CamtrainError(f"augment_on: got {augment_on!r}, allowed are loader, device")
         try:
-            self.train, self.test = _datasets(config, augment_on)
+            self.train, self.test = _datasets(config)
         except OSError as error:  # permissions, a disk that is gone
             raise CamtrainError(f"root: {config.root} cannot be read: {error}") from error
         self.classes = self.train.classes
-        self.mean = torch.tensor(self.train.mean).view(-1, 1, 1)
-        self.std = torch.tensor(self.train.std).view(-1, 1, 1)
 
     @property
     def skipped(self) -> list[str]:
@@ -97,8 +88,7 @@ class CamtrainData(pl.LightningDataModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Bytes (B, 3, S, S) to floats of about zero mean and unit variance."""
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        return (images.float() / 255 - mean) / std
+        return normalised(images, self.train.mean, self.train.std)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Lightning's hook: cut crops out and normalise on the device."""
@@ -109,7 +99,7 @@ class CamtrainData(pl.LightningDataModule):
         return batch
 
 
-def _datasets(config: FitConfig, augment_on: str) -> tuple[Any, Any]:
+def _datasets(config: FitConfig) -> tuple[Any, Any]:
     if config.data == "digits":
         lengths = {"train": config.limit_train, "test": config.limit_test}
         train, test = (
@@ -121,8 +111,8 @@ def _datasets(config: FitConfig, augment_on: str) -> tuple[Any, Any]:
     if config.data == "voc":
         return _voc(config)
     if config.data in cifar.KINDS:
-        return _cifar(config, Path(config.root), augment_on)
-    return _labelled(config, Path(config.root), augment_on)
+        return _cifar(config, Path(config.root))
+    return _labelled(config, Path(config.root))
 
 
 def _voc(config: FitConfig) -> tuple[VOCBoxes, VOCBoxes]:
@@ -158,12 +148,12 @@ _READERS: dict[str, Callable[[Path, FitConfig], Splits]] = {
 }
 
 
-def _options(config: FitConfig, augment_on: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _options(config: FitConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """What :class:`LabelledPictures` takes, for training and for testing."""
     common: dict[str, Any] = {"damaged": config.damaged, "seed": config.seed}
     train = {
         "augment": config.augment,
-        "augment_on": augment_on,
+        "augment_on": config.augment_on,
         "crop_scale": config.crop_scale,
     }
     return (
@@ -172,16 +162,12 @@ def _options(config: FitConfig, augment_on: str) -> tuple[dict[str, Any], dict[s
     )
 
 
-def _labelled(
-    config: FitConfig, root: Path, augment_on: str
-) -> tuple[LabelledPictures, LabelledPictures]:
+def _labelled(config: FitConfig, root: Path) -> tuple[LabelledPictures, LabelledPictures]:
     splits = _READERS[config.data](root, config)
     check_several(config.data, root, splits.classes)
     train, test = (
         LabelledPictures(samples, splits.classes, config.image_size, **options)
-        for samples, options in zip(
-            (splits.train, splits.test), _options(config, augment_on), strict=True
-        )
+        for samples, options in zip((splits.train, splits.test), _options(config), strict=True)
     )
     train.note, train.skipped = splits.note, splits.skipped
     if splits.skipped:
@@ -189,14 +175,12 @@ def _labelled(
     return train, test
 
 
-def _cifar(
-    config: FitConfig, root: Path, augment_on: str
-) -> tuple[LabelledPictures, LabelledPictures]:
+def _cifar(config: FitConfig, root: Path) -> tuple[LabelledPictures, LabelledPictures]:
     found = cifar.read(root, config.data)
     parts = ((found.splits.train, found.train), (found.splits.test, found.test))
     train, test = (
         cifar.CifarPictures(samples, pixels, config.data, config.image_size, **options)
-        for (samples, pixels), options in zip(parts, _options(config, augment_on), strict=True)
+        for (samples, pixels), options in zip(parts, _options(config), strict=True)
     )
     train.note = found.splits.note
     return train, test

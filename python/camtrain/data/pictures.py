@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,12 @@ def resized(picture: Image.Image, box: Box, size: int) -> Tensor:
     edges = (box.left, box.top, box.left + box.width, box.top + box.height)
     small = picture.resize((size, size), Image.Resampling.BILINEAR, edges)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Bytes (B, 3, H, W), or floats of their range, to float32 of about mean 0 and variance 1."""
+    low, width = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return (images.float() / 255 - low) / width
 
 
 def crop(path: Path, box: Box, size: int) -> Tensor:
