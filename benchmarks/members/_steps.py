@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import loops
-from benchmarks.harness import Options, Side, UnsupportedError
+from benchmarks.harness import Options, Side, SidesDisagreeError, UnsupportedError
 
 CLASSES = 1000
 Maker = Callable[[nn.Module], tuple[loops.Loop, Callable[[], None]]]
@@ -47,3 +47,14 @@ def side(model: nn.Module, maker: Maker, images: Tensor, targets: Tensor) -> Sid
         return gradients
 
     return Side(lambda: loop(images, targets), backward, parameters, close)
+
+
+def check_maps(ours: Side, theirs: Side, what: str) -> None:
+    """Raise unless the maps of both sides, scaled to [0, 1], agree to 1e-3; closes them."""
+    found, expected = (side.results()[0] for side in (ours, theirs))
+    for one in (ours, theirs):
+        if one.close is not None:
+            one.close()
+    error = float((found - expected).abs().max())
+    if not error <= 1e-3:
+        raise SidesDisagreeError(f"{what}: maps differ by {error:.2g}")

@@ -25,7 +25,6 @@ from benchmarks.harness import (
     Case,
     Options,
     Side,
-    SidesDisagreeError,
     UnsupportedError,
 )
 from benchmarks.members import _steps
@@ -110,14 +109,7 @@ def _case(options: Options) -> Case:
 
     def check() -> None:
         quick = _case(Options(device=options.device, quick=True)).build()
-        sides = [quick[name]() for name in ("ours", "torch-cam")]
-        ours, theirs = (side.results()[0] for side in sides)
-        for side in sides:
-            assert side.close is not None
-            side.close()
-        error = float((ours - theirs).abs().max())
-        if not error <= 1e-3:
-            raise SidesDisagreeError(f"maps differ from torch-cam's by {error:.2g}")
+        _steps.check_maps(quick["ours"](), quick["torch-cam"](), "Score-CAM")
 
     facts = {"model": "resnet18", "layer": LAYER, "batch": batch, "image_size": size,
              "pictures_per_forward": AT_ONCE}  # fmt: skip

@@ -22,7 +22,6 @@ from benchmarks.harness import (
     Case,
     Options,
     Side,
-    SidesDisagreeError,
     UnsupportedError,
 )
 from benchmarks.members import _steps
@@ -103,14 +102,7 @@ def _case(name: str, layer: str, method: str, options: Options) -> Case:
 
     def check() -> None:
         quick = _case(name, layer, method, Options(device=options.device, quick=True)).build()
-        sides = [quick[side]() for side in ("ours", "pytorch-grad-cam")]
-        ours, theirs = (side.results()[0] for side in sides)
-        for side in sides:
-            assert side.close is not None
-            side.close()
-        error = float((ours - theirs).abs().max())
-        if not error <= 1e-3:
-            raise SidesDisagreeError(f"{method} at {layer}: maps differ by {error:.2g}")
+        _steps.check_maps(quick["ours"](), quick["pytorch-grad-cam"](), f"{method} at {layer}")
 
     facts = {"model": name, "layer": layer, "method": method, "batch": batch, "image_size": size}
     return Case(

@@ -128,13 +128,14 @@ def before_and_after(
         images: (N, 3, H, W) uint8. boxes: (N, 4) or None.
         columns: name of the run to maps (N, h, w), not negative.
         captions: name of the run to one line under each map.
-        rows: one line under each picture.
+        rows: a label beside each picture.
         path: where the PNG goes. title: above all.
     """
     sheet = viz.map_sheet(
         images,
         columns,
-        captions={"input": rows, **captions},
+        names=rows,
+        captions=captions,
         true_boxes=boxes,
         title=title,
         scale="max",
