@@ -31,9 +31,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 CPU, CUDA = "camkernels._cpu", "camkernels._cuda"
 
-# Only these sources, and */*_bindings.cpp, see pybind11 and the C++ library; everything else is a
-# kernel and is compiled once per instruction set, each in a namespace of its own (see
-# csrc/common/isa.h).
+# Only these sources see pybind11 and the C++ library; everything else is a kernel and is compiled
+# once per instruction set, each in a namespace of its own (see csrc/common/isa.h).
 PLAIN_SOURCES = ("bindings_cpu.cpp", "common/simd_level.cpp")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -187,9 +186,8 @@ def cpu_build_file(target: str) -> str:
     file = NinjaFile(f"{shell(compiler)} $in {shell(link)} -o $out")
     file.rule("compile", f"{shell([*compiler, *flags])} $extra -MMD -MF $out.d -c $in -o $out")
     plain = [*(f"-DCAMKERNELS_HAS_{name.upper()}" for name in sets), *binding_includes()]
-    plain_sources = [CSRC / name for name in PLAIN_SOURCES]
-    for source in (*plain_sources, *sorted(CSRC.glob("*/*_bindings.cpp"))):
-        file.add("compile", source, "plain", plain)
+    for name in PLAIN_SOURCES:
+        file.add("compile", CSRC / name, "plain", plain)
     for source in sorted(CSRC.glob("*/*_cpu.cpp")):
         for name, isa in sets.items():
             defines = [f"-DCAMKERNELS_ISA={name}", f"-DCAMKERNELS_ISA_{name.upper()}"]

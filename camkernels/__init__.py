@@ -32,7 +32,12 @@ from camkernels.functional import (
     map_statistics,
     set_checks,
 )
-from camkernels.losses import CAMConsistencyLoss, CAMEntropyLoss, InterpretableGradientLoss
+from camkernels.losses import (
+    CAMConsistencyLoss,
+    CAMEntropyLoss,
+    CombinedLoss,
+    InterpretableGradientLoss,
+)
 from camkernels.modes import guided, no_weight_gradients
 from camkernels.nn.swap import swap_in, swap_out, swap_report
 from camkernels.taps.tap import TapError
@@ -46,6 +51,7 @@ __all__ = [
     "BudgetError",
     "CAMConsistencyLoss",
     "CAMEntropyLoss",
+    "CombinedLoss",
     "EngineError",
     "GradCAM",
     "GradCAMPlusPlus",

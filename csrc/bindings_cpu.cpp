@@ -13,23 +13,22 @@
 #include "common/bindings.h"
 #include "common/simd_level.h"
 #include "map_statistics/map_statistics.h"
+// Rooms that bind themselves. One source for all: what pybind11 costs a compiler it costs once.
+#include "batch_norm_relu/batch_norm_relu_bindings.h"
+#include "best_box_ious/best_box_ious_bindings.h"
+#include "cam_methods/cam_methods_bindings.h"
+#include "gradient_error/gradient_error_bindings.h"
+#include "lp_norm/lp_norm_bindings.h"
+#include "max_pool/max_pool_bindings.h"
+#include "min_max/min_max_bindings.h"
+#include "relu/relu_bindings.h"
+#include "ssim/ssim_bindings.h"
+#include "warp/warp_bindings.h"
+#include "warped_ssim/warped_ssim_bindings.h"
 
 namespace camkernels {
 
 int g_level = kBaseline;
-
-// Rooms that bind themselves, in csrc/<op>/<op>_bindings.cpp.
-void define_relu(py::module_&);
-void define_gradient_error(py::module_&);
-void define_batch_norm_relu(py::module_&);
-void define_max_pool(py::module_&);
-void define_warp(py::module_&);
-void define_ssim(py::module_&);
-void define_warped_ssim(py::module_&);
-void define_min_max(py::module_&);
-void define_lp_norm(py::module_&);
-void define_cam_methods(py::module_&);
-void define_best_box_ious(py::module_&);
 
 namespace {
 
@@ -104,15 +103,15 @@ PYBIND11_MODULE(_cpu, module) {
 #endif
   });
   define_cam<Runs>(module);
-  define_relu(module);
-  define_gradient_error(module);
-  define_batch_norm_relu(module);
-  define_max_pool(module);
-  define_warp(module);
-  define_ssim(module);
-  define_warped_ssim(module);
-  define_min_max(module);
-  define_lp_norm(module);
-  define_cam_methods(module);
-  define_best_box_ious(module);
+  relu_bindings::define(module);
+  gradient_error_bindings::define(module);
+  batch_norm_relu_bindings::define(module);
+  max_pool_bindings::define(module);
+  warp_bindings::define(module);
+  ssim_bindings::define(module);
+  warped_ssim_bindings::define(module);
+  min_max_bindings::define(module);
+  lp_norm_bindings::define(module);
+  cam_methods_bindings::define(module);
+  best_box_ious_bindings::define(module);
 }

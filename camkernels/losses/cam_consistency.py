@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels import consistency as C
-from camkernels.losses._common import check_choice, reduce
+from camkernels.losses._common import check_choice, loss_of, reduce
 from camkernels.losses._contrast import contrast
 from camkernels.taps.evaluate import Evaluator, ReshapeTransform
 from camkernels.taps.image_tap import ImageTap
@@ -213,6 +213,17 @@ class CAMConsistencyLoss(nn.Module):
             TapError: no forward, or a stale one. ValueError, TypeError: wrong shapes or dtypes, or
             parameters of another batch.
         """
+        return loss_of(*self.parts(logits, targets, boxes, flips))
+
+    def parts(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        boxes: Tensor | None = None,
+        flips: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss as its cross-entropy and the weighted rest, None where both weights are 0; see
+        :meth:`forward`."""
         check_logits(logits)
         images = self._images.latest(logits)
         classes, valid = self._classes(logits, targets)
@@ -227,19 +238,20 @@ class CAMConsistencyLoss(nn.Module):
             raw, other = self._maps(logits, classes, images, view, compared)
             first = self._normalized(raw)
             dead, uniform = _trivial(raw)
-            loss, terms = cross_entropy, {"cross_entropy": cross_entropy.detach().mean()}
+            weighted: list[Tensor] = []
+            terms = {"cross_entropy": cross_entropy.detach().mean()}
             if other is not None:
                 dead = dead | _trivial(other)[0]
                 distance, self._scores = self._distance(
                     first, self._normalized(other), view, images, valid & ~dead
                 )
-                loss = loss + self.alpha * distance if self.alpha != 0 else loss
+                weighted += [self.alpha * distance] if self.alpha != 0 else []
                 terms["consistency"] = reduce(self._scores, valid & ~dead, "mean")
         with torch.set_grad_enabled(enabled and self.beta != 0):
             norms = C.lp_norm(first, self.p, size=(images.shape[2], images.shape[3]))
             sparsity = reduce(norms, valid & ~dead, self.reduction)
         if self.beta != 0:
-            loss = loss + self.beta * sparsity
+            weighted.append(self.beta * sparsity)
         count = valid.sum().clamp(min=1)
         self._terms = terms | {
             "sparsity": reduce(norms.detach(), valid & ~dead, "mean"),
@@ -248,7 +260,7 @@ class CAMConsistencyLoss(nn.Module):
         }
         self._images.forget()
         self._next = self._drawn = None
-        return loss
+        return cross_entropy, sum(weighted[1:], weighted[0]) if weighted else None
 
     def _classes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Whose map: class per sample (B,), and which samples count (B,) bool."""

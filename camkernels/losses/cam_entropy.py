@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels import functional as F
-from camkernels.losses._common import check_choice, reduce
+from camkernels.losses._common import check_choice, loss_of, reduce
 from camkernels.taps.evaluate import Evaluation, Evaluator, ReshapeTransform
 from camkernels.taps.modules import LayerLike
 from camkernels.taps.tap import Tap
@@ -133,6 +133,10 @@ class CAMEntropyLoss(nn.Module):
             forward reached not once. IndexError: a class out of range. ValueError, TypeError:
             wrong shapes or dtypes.
         """
+        return loss_of(*self.parts(logits, targets))
+
+    def parts(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The loss as its cross-entropy and beta r, None where beta is 0; see :meth:`forward`."""
         check_logits(logits)
         classes, valid = self._classes(logits, targets)
         # With beta = 0 the maps are measured, and nothing may reach the gradient: not even 0 * NaN.
@@ -152,7 +156,7 @@ class CAMEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
         )
         self._terms = _Terms(cross_entropy, regularizer, evaluations, valid, self.normalize)
-        return cross_entropy if self.beta == 0 else cross_entropy + self.beta * regularizer
+        return cross_entropy, None if self.beta == 0 else self.beta * regularizer
 
     def _classes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Whose map: class per sample (B,), and which samples count (B,) bool."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from camkernels import functional as F
 from camkernels import modes
 from camkernels.engine.gradients import input_gradients
-from camkernels.losses._common import check_choice, reduce
+from camkernels.losses._common import check_choice, loss_of, reduce
 from camkernels.taps.graph import Survey, survey, total
 from camkernels.taps.input_tap import UNCONNECTED, Connected, InputTap
 from camkernels.taps.tap import TapError
@@ -163,6 +163,11 @@ class InterpretableGradientLoss(nn.Module):
             differentiated twice (compiled, a reentrant checkpoint, ``nn.SyncBatchNorm``).
             IndexError: a class out of range. ValueError, TypeError: wrong shapes or dtypes.
         """
+        return loss_of(*self.parts(logits, targets))
+
+    def parts(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The loss as its cross-entropy and lambda E, None where lambda is 0 or this call does not
+        look at gradients; see :meth:`forward`."""
         check_logits(logits)
         valid = self._valid(logits, targets)
         connected = self._tap.connected(logits)
@@ -170,7 +175,7 @@ class InterpretableGradientLoss(nn.Module):
         self._terms = _Terms(cross_entropy)
         self._gradients = None
         if connected is None:
-            return cross_entropy
+            return cross_entropy, None
         self._examine(connected)
         # With weight 0 the gradients are measured, and nothing may reach those of the parameters.
         train = torch.is_grad_enabled() and self.weight != 0
@@ -180,9 +185,9 @@ class InterpretableGradientLoss(nn.Module):
         if self.keep_gradients:
             self._gradients = plain, guided
         if self.weight == 0:
-            return cross_entropy
+            return cross_entropy, None
         weight = self.weight * (self.every if connected.training else 1)
-        return cross_entropy + weight * regularizer
+        return cross_entropy, weight * regularizer
 
     def _valid(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Which samples count, (B,) bool."""

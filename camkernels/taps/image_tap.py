@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from camkernels.taps.input_tap import find_images
 from camkernels.taps.modules import unwrap
+from camkernels.taps.second import second_forward
 from camkernels.taps.tap import TapError, _Hook
 
 STALE = (
@@ -130,7 +131,7 @@ class ImageTap:
         assert self._call is not None
         args, kwargs, key = self._call
         args, kwargs = _replaced(args, kwargs, key, images)
-        with self._unseen():
+        with self._unseen(), second_forward():
             output = self.model(*args, **kwargs)
         if not isinstance(output, Tensor):
             raise TapError(f"the model returns {type(output).__name__}, expected logits (B, C)")

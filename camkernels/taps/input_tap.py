@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from camkernels import modes
 from camkernels.taps import detached
 from camkernels.taps.modules import unwrap
+from camkernels.taps.second import in_second_forward
 from camkernels.taps.tap import TapError, _Hook
 
 # What the latest forward was.
@@ -145,6 +146,8 @@ class InputTap:
             if self._forward is None or not self._forward.replaced:
                 return None
             return self._replace(args, kwargs)[0]
+        if in_second_forward():
+            return None  # its images are nobody's to ask about
         self._leave_grad_mode()
         self._forward = _Forward(self._mode())
         if self._forward.mode not in (_TAPPED, _MEASURED):
@@ -181,7 +184,7 @@ class InputTap:
         return ((*args[:key], put, *args[key + 1 :]), kwargs), leaf
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 or in_second_forward():
             return None
         measured = self._grad_mode is not None
         self._leave_grad_mode()

@@ -1,5 +1,6 @@
 // What the Python bindings of every room share: addresses, and the kernel of the chosen width.
-// A room's csrc/<op>/<op>_bindings.cpp defines `void define_<op>(py::module_&)`, declared below.
+// A room's csrc/<op>/<op>_bindings.h defines `void define(py::module_&)` in a namespace of its own,
+// camkernels::<op>_bindings, for bindings_cpu.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>

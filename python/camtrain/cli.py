@@ -18,7 +18,8 @@ _HELP = {
     "recipe": "entropy: cross-entropy + beta x CAM entropy; consistency: cross-entropy + alpha x "
     "(1 - SSIM of the maps of a picture and of its crop) + beta x norm of the map; interpretable: "
     "cross-entropy + gradient_weight x error between the input gradient and the guided one; "
-    "baseline: beta = 0",
+    "combined: every regulariser that is given a weight; "
+    "stanford-dogs: cross-entropy, then CAM and Grad-CAM against true boxes; baseline: beta = 0",
     "data": "digits: scans among clutter, nothing to download; voc: boxes of PASCAL VOC; cub: "
     "CUB-200-2011; caltech101: Caltech-101; stanford-dogs; cifar10, cifar100: archives or class "
     "folders; folder: pictures in a folder for each class",
@@ -30,18 +31,23 @@ _HELP = {
     "damaged": "files that cannot be read: skip and count them, or stop",
     "image_size": "side of the square pictures, in pixels",
     "augment": "not voc, digits: train on a random crop, mirrored or not, else on the centre",
+    "normalization": "of pictures: by mean and deviation of the data (digits and CIFAR have their "
+    "own), or by those of ImageNet, as some weights expect",
     "augment_on": "where crops are cut: by the loader, or batches at a time by the device",
     "crop_scale": "see augment: least share of the picture in the crop",
     "limit_train": "at most so many training samples",
     "limit_test": "at most so many test samples",
-    "arch": "smallresnet, a torchvision or timm name, torchvision:NAME, timm:NAME, module:factory",
+    "arch": "smallresnet, cifar_resnet20 (32, 44, 56), a torchvision or timm name, "
+    "torchvision:NAME, timm:NAME, module:factory",
     "layer": "name of the layer whose map is taken (default: the last stage)",
     "weights": "file with a state_dict; 'pretrained' for the library's own (the default on cub, "
-    "caltech101 and stanford-dogs), or 'none'",
+    "caltech101 and stanford-dogs, and of recipe stanford-dogs), or 'none'",
     "head_units": "hidden units of the head; 300 in the paper, 0: one linear layer",
     "alpha": "consistency: weight of 1 - SSIM",
-    "beta": "weight of the regulariser; consistency: of the norm of the map",
+    "beta": "weight of the regulariser; consistency: of the norm of the map; combined: of the CAM "
+    "entropy",
     "norm": "consistency: p of the norm, 0, 1 or 2",
+    "norm_weight": "combined: weight of the norm of the map",
     "map_relu": "consistency: keep the ReLU of Grad-CAM, which the paper takes out",
     "view_scale": "consistency: least share of the picture in the crop of the second view",
     "window": "consistency: of the SSIM",
@@ -49,6 +55,11 @@ _HELP = {
     "sigma": "consistency: width of the Gaussian window in pixels",
     "padding": "consistency: SSIM over windows inside the map, or one around each pixel",
     "warmup_epochs": "epochs of cross-entropy alone before the regulariser sets in",
+    "ramp_epochs": "epochs over which the regularisers then rise to their weights",
+    "ramp": "how they rise",
+    "balance": "scale the weights, so that the gradient of the regularisers is so many times that "
+    "of the cross-entropy; 0: leave them",
+    "balance_every": "steps after which the two are measured again",
     "regularizer": "which statistic of the map is driven",
     "target": "map of the true or of the predicted class",
     "other_classes": "weight of the negative term for classes known to be absent",

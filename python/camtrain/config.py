@@ -10,10 +10,21 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from camtrain.defaults import (
+    BETA,
+    BOXED,
+    CONSISTENCY,
+    DATA,
+    DOGS,
+    DOGS_PAPER,
+    HOLDS,
+    INTERPRETABLE,
+    READ_BY,
+)
 from camtrain.errors import CamtrainError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "recipe": ("entropy", "consistency", "interpretable", "baseline"),
+    "recipe": ("entropy", "consistency", "interpretable", "combined", "stanford-dogs", "baseline"),
     "data": (
         "digits",
         "voc",
@@ -30,6 +41,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "augment_on": ("loader", "device"),
     "error": ("cosine", "histogram", "histogram_paper", "sigmoid", "centered_sigmoid"),
     "engine": ("off", "fast", "lean"),
+    "ramp": ("linear", "cosine"),
+    "normalization": ("data", "imagenet"),
     "window": ("gaussian", "uniform"),
     "padding": ("valid", "same"),
     "optimizer": ("adam", "sgd"),
@@ -55,6 +68,7 @@ class FitConfig:
     augment: bool = True
     crop_scale: float = 0.08
     augment_on: str = "loader"
+    normalization: str = "data"
     limit_train: int | None = None
     limit_test: int | None = None
 
@@ -66,6 +80,7 @@ class FitConfig:
     alpha: float = 0.0
     beta: float = 0.0
     norm: float = 1.0
+    norm_weight: float = 0.0
     map_relu: bool = False
     view_scale: float = 0.08
     window: str = "gaussian"
@@ -73,6 +88,10 @@ class FitConfig:
     sigma: float = 1.5
     padding: str = "valid"
     warmup_epochs: int = 0
+    ramp_epochs: int = 0
+    ramp: str = "linear"
+    balance: float = 0.0
+    balance_every: int = 50
     regularizer: str = "entropy"
     target: str = "true"
     other_classes: float = 0.0
@@ -107,109 +126,6 @@ class FitConfig:
     out: str = "runs/fit"
 
 
-# The consistency paper: SGD, trained networks to begin with, 60 epochs on CUB-200 and 20 on
-# Caltech-101 at 224 x 224. It does not state its batch size. A damaged picture of these small sets
-# is an error: there are none to expect.
-_SGD: dict[str, Any] = {
-    "optimizer": "sgd",
-    "lr": 1e-3,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "lr_step": 30,
-}
-_FINE_TUNED: dict[str, Any] = {
-    **_SGD,
-    "image_size": 224,
-    "arch": "resnet50",
-    "batch_size": 32,
-    "workers": 2,
-    "damaged": "error",
-}
-# No paper states how it trains on CIFAR.
-_CIFAR: dict[str, Any] = {"image_size": 32, "batch_size": 128, "channels_last": True}
-# The CAM entropy paper: ResNet-50, 300 units, boxes at 192 x 192, Adam at 0.001, batches of 20,
-# 30 epochs.
-_DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "voc": {
-        "image_size": 192,
-        "arch": "resnet50",
-        "head_units": 300,
-        "epochs": 30,
-        "batch_size": 20,
-        "lr": 1e-3,
-        "workers": 2,
-    },
-    "cub": {**_FINE_TUNED, "epochs": 60},
-    "caltech101": {**_FINE_TUNED, "epochs": 20},
-    # The Stanford Dogs paper: a trained ResNet-50 at 224 x 224, SGD at 0.01, batches of 16, 2
-    # epochs, no augmentation. Its SGD is that of Keras, which has no momentum unless told.
-    "stanford-dogs": {
-        "image_size": 224,
-        "arch": "resnet50",
-        "augment": False,
-        "epochs": 2,
-        "batch_size": 16,
-        "optimizer": "sgd",
-        "lr": 0.01,
-        "momentum": 0.0,
-        "workers": 2,
-    },
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
-    "folder": {"image_size": 224, "arch": "resnet50", "batch_size": 32, "workers": 2},
-    # NHWC halves the time of a small network on a CPU. A network that has learnt nothing yet puts
-    # out its maps to lower their entropy (99 % dead after two epochs), so the classes come first;
-    # the paper begins with a network trained on ImageNet.
-    "digits": {"channels_last": True, "warmup_epochs": 3},
-}
-# What lies in the folder that --root names, for each data set that is on disk.
-HOLDS = {
-    "voc": "VOCdevkit",
-    "cub": "CUB_200_2011",
-    "caltech101": "101_ObjectCategories",
-    "stanford-dogs": "Images, Annotation, train_list.mat and test_list.mat",
-    "cifar10": "cifar-10-batches-py, or train/<class>/ and test/<class>/",
-    "cifar100": "cifar-100-python, or train/<class>/ and test/<class>/",
-    "folder": "train/<class>/ and test/<class>/ or val/<class>/, or a folder for each class",
-}
-_BETA = {"voc": 100.0, "digits": 0.1}
-_CONSISTENCY: dict[str, Any] = {
-    **_SGD,
-    "alpha": 0.1,
-    "beta": 1e-6,
-    "target": "predicted",
-    "warmup_epochs": 0,
-}
-
-# The interpretable-gradients paper states no lambda: "as high as possible" without harm.
-_INTERPRETABLE: dict[str, Any] = {"gradient_weight": 1e-2, "warmup_epochs": 0}
-
-# What a recipe reads and others would ignore without a word: refused there.
-_READ_BY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (
-            "alpha",
-            "norm",
-            "map_relu",
-            "view_scale",
-            "window",
-            "window_size",
-            "sigma",
-            "padding",
-            "insertion_steps",
-            "insertion_limit",
-            "compare",
-        ),
-        ("consistency",),
-    ),
-    **dict.fromkeys(
-        ("regularizer", "other_classes", "normalize", "head_path"), ("entropy", "baseline")
-    ),
-    **dict.fromkeys(("label_smoothing", "warmup_epochs"), ("entropy", "baseline", "interpretable")),
-    **dict.fromkeys(("error", "gradient_weight", "every", "engine"), ("interpretable",)),
-    "beta": ("entropy", "consistency"),
-}
-
 # What may differ when a run is resumed: nothing that changes its data, its model or its loss.
 RESUMABLE = (
     "epochs",
@@ -234,14 +150,17 @@ def resolve(overrides: dict[str, Any], file: dict[str, Any] | None = None) -> Fi
         CamtrainError: an unknown key, a value of the wrong type or outside what is allowed.
     """
     given = {**checked(file or {}, "config file"), **checked(overrides, "command line")}
-    data = given.get("data", FitConfig.data)
     recipe = given.get("recipe", FitConfig.recipe)
-    values: dict[str, Any] = dict(_DATA_DEFAULTS.get(data, {}))
-    values["beta"] = _BETA.get(data, 0.0) if recipe == "entropy" else 0.0
+    data = given.get("data", DOGS if recipe == DOGS else FitConfig.data)
+    values: dict[str, Any] = {**DATA.get(data, {}), "data": data}
+    values["beta"] = BETA.get(data, 0.0) if recipe == "entropy" else 0.0
     if recipe == "consistency":
-        values |= _CONSISTENCY
+        values |= CONSISTENCY
     if recipe == "interpretable":
-        values |= _INTERPRETABLE
+        values |= INTERPRETABLE
+    if recipe == DOGS:
+        # the digits have a network of their own
+        values |= {k: v for k, v in DOGS_PAPER.items() if (data, k) != ("digits", "arch")}
     values |= given
     if "weights" not in values and _has_published_weights(values):
         values["weights"] = "pretrained"
@@ -253,10 +172,12 @@ def resolve(overrides: dict[str, Any], file: dict[str, Any] | None = None) -> Fi
 
 
 def _has_published_weights(values: dict[str, Any]) -> bool:
-    """Whether a run on data of a paper that fine-tunes begins with a library's trained network."""
+    """Whether a run on data of a paper that fine-tunes, or by its recipe, begins with a library's
+    trained network."""
     source, colon, _ = values.get("arch", FitConfig.arch).partition(":")
     named = source in ("torchvision", "timm") if colon else source != FitConfig.arch
-    return named and values.get("data") in ("cub", "caltech101", "stanford-dogs")
+    tuned = values.get("data") in ("cub", "caltech101", DOGS) or values.get("recipe") == DOGS
+    return named and tuned
 
 
 def checked(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -308,8 +229,10 @@ def validate(config: FitConfig) -> None:
     least = {"epochs": 1, "batch_size": 1, "image_size": 8, "devices": 1}
     least |= {"limit_train": 1, "limit_test": 1}
     least |= {"head_units": 0, "workers": 0, "warmup_epochs": 0, "lr_step": 0}
+    least |= {"ramp_epochs": 0, "balance_every": 1}
     least |= {
         "every": 1,
+        "balance": 0,
         "insertion_steps": 0,
         "insertion_limit": 1,
         "window_size": 1,
@@ -341,8 +264,13 @@ def validate(config: FitConfig) -> None:
 
 
 def _validate_recipe(config: FitConfig) -> None:
-    """Refuse what the recipe would not read."""
-    for name, recipes in _READ_BY.items():
+    """Refuse what the recipe would not read, cannot do, or has not the data for."""
+    if config.recipe == DOGS and config.data not in BOXED:
+        raise CamtrainError(
+            f"data: recipe {DOGS!r} compares maps with true boxes, which {config.data!r} does not "
+            f"have; allowed are {', '.join(BOXED)}"
+        )
+    for name, recipes in READ_BY.items():
         value, default = getattr(config, name), getattr(FitConfig, name)
         if config.recipe not in recipes and value != default:
             others = " or ".join(repr(recipe) for recipe in recipes if recipe != "baseline")
@@ -350,6 +278,17 @@ def _validate_recipe(config: FitConfig) -> None:
                 f"{name}: recipe {config.recipe!r} does not read it, got {value!r}; leave it at "
                 f"{default!r} or take recipe {others}"
             )
+    if config.recipe == "combined":
+        weights = ("alpha", "beta", "gradient_weight", "norm_weight")
+        if not any(getattr(config, name) for name in weights):
+            raise CamtrainError(
+                f"recipe: 'combined' needs one of {', '.join(weights)} above 0, got none"
+            )
+    if config.balance and config.precision == "16-mixed":
+        raise CamtrainError(
+            "balance: gradients would be measured before they are scaled for float16; take "
+            "precision bf16-mixed or 32-true"
+        )
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import camkernels as ck
 from camkernels.metrics.curves import class_score, insertion_auc
 from camtrain import figures, files
 from camtrain.config import FitConfig
+from camtrain.criteria import ssim_options
 from camtrain.data.module import CamtrainData, collate
 from camtrain.data.pictures import random_crop
 from camtrain.data.sampling import generator
 from camtrain.models import load_weights, read_weights
-from camtrain.training import ssim_options
 
 SCORES = "consistency_scores"
 # Of the crops that maps are compared under; the same for every run, so that scores compare.
@@ -86,7 +86,8 @@ def _compared(config: FitConfig, model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode is put back."""
     modes = [model.training for model in models]
     try:
         for model in models:
@@ -126,7 +127,7 @@ def evaluate(
     if inserted:
         passes = len(inserted) * (config.insertion_steps + 1)
         tell(f"insertion AUC of {len(inserted)} test pictures: {passes} forward passes")
-    with _evaluating(*models.values()):
+    with evaluating(*models.values()):
         for batch in loader:
             found.damaged += batch["damaged"]
             if "images" in batch:
@@ -215,11 +216,11 @@ def write(evaluation: Evaluation, folder: Path, title: str) -> dict[str, Any]:
     right = [row["target"] == row["predicted"] for row in evaluation.rows]
     summary["test_accuracy"] = sum(right) / max(len(right), 1)
     for name in ("consistency", "insertion_auc", "compared"):
-        summary |= _moments(name, evaluation.column(name))
+        summary |= moments(name, evaluation.column(name))
     return summary
 
 
-def _moments(name: str, values: Tensor) -> dict[str, Any]:
+def moments(name: str, values: Tensor) -> dict[str, Any]:
     """Mean and standard deviation (of the population) of finite values, and how many are not."""
     if not len(values):
         return {}

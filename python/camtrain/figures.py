@@ -37,6 +37,12 @@ GRADIENT_PANELS: Panels = (
     ("gradient_error", "error", "Error of the input gradient (training)"),
     ("gradient_norm", "2-norm", "Norm of the input gradient (training)"),
 )
+COMBINED_PANELS: Panels = (
+    ("accuracy", "accuracy", "Accuracy"),
+    ("entropy", "ce (nats)", "CAM entropy, live maps"),
+    ("consistency", "mean SSIM", "Consistency of the maps"),
+    ("gradient_error", "error", "Error of the input gradient (training)"),
+)
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:

@@ -9,9 +9,10 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import camkernels as ck
 from camtrain import config as configuration
-from camtrain import figures, files
+from camtrain import figures, files, localisation
 from camtrain.config import FitConfig
 from camtrain.data.module import CamtrainData
 from camtrain.data.voc import describe_skipped
+from camtrain.defaults import DOGS
 from camtrain.errors import CamtrainError
-from camtrain.evaluation import Evaluation, check_compared, evaluate, write
+from camtrain.evaluation import check_compared, evaluate, write
 from camtrain.examples import ExampleCollector, Examples, describe_example
 from camtrain.models import build_model
 from camtrain.recorder import (
@@ -78,7 +80,8 @@ def fit(
     The folder holds ``config.yaml``, ``environment.json``, ``classes.json``, ``metrics.csv`` (one
     row per epoch with time and peak memory), ``curves.png``, ``overlays.png``, ``model.pt`` (a
     state_dict), ``summary.json``, ``checkpoints/last.ckpt``, and the logs of CSV and TensorBoard;
-    with the recipe ``consistency`` also ``consistency_scores.csv`` and ``consistency_scores.png``.
+    with the recipe ``consistency`` also ``consistency_scores.csv`` and ``consistency_scores.png``,
+    with ``stanford-dogs`` ``iou.csv``, ``iou.md``, ``iou.png`` and ``layers.png``.
 
     Args:
         config: of the run.
@@ -100,6 +103,8 @@ def fit(
         tell(data.note)
         model = build_model(config, len(data.classes), tell)
         check_compared(config, model)
+        if config.recipe == DOGS:
+            localisation.check(config, data, model)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module = make_classifier(model, config, len(data.classes))
@@ -119,12 +124,18 @@ def fit(
         run = Run(config, recorder.rows, **collector.found, classes=data.classes)
         module.close()
         if trainer.is_global_zero:
-            evaluation = None
+            scores: Callable[[str], dict[str, Any]] | None = None
             if config.recipe == "consistency":
                 model.to(trainer.strategy.root_device)
                 evaluation = evaluate(model, module.layer, data, config, tell)
                 skipped = sorted({*skipped, *evaluation.damaged})
-            _finish(folder, run, module, skipped, evaluation)
+                scores = partial(write, evaluation, folder)
+            elif config.recipe == DOGS:
+                model.to(trainer.strategy.root_device)
+                found = localisation.evaluate(model, module.layer, data, config, tell)
+                skipped = sorted({*skipped, *found.damaged})
+                scores = partial(localisation.write, found, folder)
+            _finish(folder, run, module, skipped, scores)
     return run
 
 
@@ -233,8 +244,10 @@ def _finish(
     run: Run,
     module: Classifier,
     skipped: list[str],
-    evaluation: Evaluation | None,
+    scores: Callable[[str], dict[str, Any]] | None,
 ) -> None:
+    """Write what a finished run leaves; ``scores`` writes the recipe's own under a title, and says
+    what the summary holds of them."""
     config, examples, classes = run.config, run.examples, run.classes
     weights, panels = _described(config)
     name = f"{config.arch} on {config.data}, {weights}"
@@ -254,7 +267,7 @@ def _finish(
         )
         run.summary = {
             **run.rows[-1],
-            **(write(evaluation, folder, name) if evaluation is not None else {}),
+            **(scores(name) if scores is not None else {}),
             "head": run.head,
             "backend": run.backend,
             "damaged": skipped,
@@ -270,11 +283,17 @@ def _finish(
 
 def _described(config: FitConfig) -> tuple[str, figures.Panels]:
     """Weights of the loss, for titles, and what the curves show."""
+    if config.recipe == "combined":
+        names = ("alpha", "beta", "gradient_weight", "norm_weight")
+        weights = [f"{name} = {getattr(config, name):g}" for name in names if getattr(config, name)]
+        return ", ".join(weights), figures.COMBINED_PANELS
     if config.recipe == "interpretable":
         text = f"{config.error}, weight {config.gradient_weight:g}"
         return text, figures.GRADIENT_PANELS
     if config.recipe == "consistency":
         return f"alpha = {config.alpha:g}, beta = {config.beta:g}", figures.CONSISTENCY_PANELS
+    if config.recipe == DOGS:
+        return "cross-entropy", figures.PANELS
     return f"beta = {config.beta:g}", figures.PANELS
 
 

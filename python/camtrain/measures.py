@@ -162,3 +162,23 @@ class GradientMeasures(TermMeasures):
     """Of the interpretable-gradient loss, which takes no gradient in test."""
 
     TERMS = ("gradient_error", "gradient_norm", "guided_gradient_norm", "zero_gradients")
+
+
+class CombinedMeasures(TermMeasures):
+    """Of several regularisers, by the names that each has alone."""
+
+    # name in the table: the criterion's own
+    NAMES: Mapping[str, str] = {
+        **{name: f"entropy/{name}" for name in (*STATISTICS, "dead")},
+        **{name: f"consistency/{name}" for name in ("consistency", "sparsity", "uniform")},
+        "dead_views": "consistency/dead",
+        **{name: f"gradient/{name}" for name in GradientMeasures.TERMS},
+    }
+    TERMS = tuple(NAMES)
+
+    def update(
+        self, logits: Tensor, targets: Tensor, loss: Tensor, terms: Mapping[str, Tensor]
+    ) -> None:
+        """Add a batch and the terms of :class:`camkernels.CombinedLoss`."""
+        own = {name: terms[key] for name, key in self.NAMES.items() if key in terms}
+        super().update(logits, targets, loss, {**own, "cross_entropy": terms["cross_entropy"]})

@@ -136,6 +136,8 @@ class Recorder(Callback):
         for split in ("train", "test"):
             values = pl_module.split(split).compute()
             row.update({f"{split}/{name}": value for name, value in values.items()})
+        if pl_module.balance is not None:
+            row["weight_scale"] = pl_module.scale
         row["train_seconds"] = round(self._test_began - self._began, 3)
         row["test_seconds"] = round(self._test_ended - self._test_began, 3)
         row.update(self.memory.read())

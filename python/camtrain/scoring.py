@@ -38,7 +38,8 @@ class Options:
     target: str = "true"
     """Class that is explained: ``"true"``, or ``"predicted"``."""
     steps: int = 56
-    """Of insertion and deletion."""
+    """Of insertion and deletion; 0: the network is asked about no changed picture, so that these,
+    average drop, increase and gain, and top-25 % removal are not taken."""
     limit: int | None = None
     """At most so many pictures, spread over the test data."""
     batch_size: int = 64
@@ -104,13 +105,17 @@ def score_run(
     options: Options,
     damaged: set[str],
     examples: dict[str, Any],
+    data: WholePictures | None = None,
 ) -> list[Scores]:
-    """Scores of every method on one network; adds to what is damaged, and to the examples."""
+    """Scores of every method on one network; adds to what is damaged, and to the examples.
+
+    ``data``: made beforehand; None to read that of the run.
+    """
     if options.steps > network.image_size**2:
         raise CamtrainError(
             f"steps: a picture has {network.image_size**2} pixels, got {options.steps}"
         )
-    data = _data(network, options)
+    data = _data(network, options) if data is None else data
     scores = {method: Scores(network.name, method) for method in methods}
     loader = DataLoader(data, options.batch_size, collate_fn=collate_whole)
     for batch in _shown(loader, network.name, options.progress):
@@ -184,7 +189,7 @@ def _score(
                 maps = cam.explain(images, classes)
             except ck.TapError as error:
                 raise CamtrainError(f"{network.name}: {method}: {error}") from error
-        columns = _of_model(score, images, maps, into, options)
+        columns = _of_model(score, images, maps, into, options) if options.steps else {}
         columns |= _of_boxes(maps, batch, into, network.image_size)
         columns |= _of_maps(maps)
         listed = {name: values.tolist() for name, values in columns.items()}
@@ -233,7 +238,8 @@ def _of_boxes(
     each = inside(boxes.nan_to_num(0.0).flatten(0, 1), size).view(*boxes.shape[:2], *size)
     pointing, energy = metrics.localisation(maps, each.any(1), size)
     marked = metrics.box_of_map(maps, size)[:, None].expand(boxes.shape)
-    known = boxes[..., 0].isfinite()
+    # the middle of a picture may hold nothing of its object, whose box then has no area
+    known = boxes[..., 0].isfinite() & (boxes[..., 2:] > 0).all(-1)
     overlap = metrics.box_iou(marked.flatten(0, 1), boxes.nan_to_num(0.0).flatten(0, 1)).view(
         known.shape
     )

@@ -80,6 +80,8 @@ def table(found: Sequence[Scores]) -> list[dict[str, Any]]:
                 "accuracy %": 100 * _mean([r["true"] == r["predicted"] for r in chosen]),
             }
             for name, title, factor, _ in COLUMNS:
+                if name not in chosen[0]:
+                    continue  # not asked for
                 row[title] = factor * _mean([r[name] for r in chosen])
             only = group in (None, SINGLE) and scores.boxes.update_called
             row["MaxBoxAccV2 %"] = 100 * scores.max_box_acc() if only else math.nan

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 import camkernels as ck
 from camkernels import backends
+from camtrain import criteria
 from camtrain.config import FitConfig
-from camtrain.data.sampling import generator
 from camtrain.errors import CamtrainError
 from camtrain.measures import (
+    CombinedMeasures,
     ConsistencyMeasures,
     EpochMeasures,
     GradientMeasures,
     SplitMeasures,
 )
 from camtrain.models import default_layer
+from camtrain.weighting import Balance, scheduled
 
 
 class Classifier(pl.LightningModule):
@@ -42,6 +44,8 @@ class Classifier(pl.LightningModule):
             {f"{split}_": self._make_measures(classes) for split in ("train", "test")}
         )
         self.damaged: set[str] = set()
+        self.balance = Balance(config.balance, config.balance_every) if config.balance else None
+        self._now = 1.0  # of the schedule
         # in a list, so that Lightning does not register it (and the model) a second time
         try:
             self._criterion: list[Any] = [self._make_criterion()]
@@ -52,18 +56,16 @@ class Classifier(pl.LightningModule):
         return EpochMeasures(classes)
 
     def _make_criterion(self) -> Any:
-        config = self.config
-        return ck.CAMEntropyLoss(
-            self.model,
-            self.layer,
-            beta=config.beta,
-            regularizer=config.regularizer,
-            target=config.target,
-            other_classes=config.other_classes,
-            normalize=config.normalize,
-            label_smoothing=config.label_smoothing,
-            head=config.head_path,
-        )
+        return criteria.entropy(self.model, self.layer, self.config)
+
+    def _weights(self) -> dict[str, float]:
+        """Attributes of the criterion that weight a regulariser, at their full values."""
+        return {"beta": self.config.beta}
+
+    def _set_weights(self, share: float) -> None:
+        for name, value in self._weights().items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.criterion[owner] if owner else self.criterion, attribute, share * value)
 
     @property
     def criterion(self) -> Any:
@@ -96,13 +98,21 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_train_epoch_start(self) -> None:
-        """Set beta of the epoch, and the random state, so that dropout repeats after a resume."""
-        self._begin_epoch()
-        torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
+        """What a recipe draws or counts anew."""
 
-    def _begin_epoch(self) -> None:
-        warm = self.current_epoch >= self.config.warmup_epochs
-        self.criterion.beta = self.config.beta if warm else 0.0
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the random state of the epoch, so that dropout repeats after a resume.
+
+        Not when the epoch starts: its loader is made before or after that, depending on whether
+        the run was resumed, and draws a number.
+        """
+        if batch_idx == 0:
+            torch.manual_seed(self.config.seed * 1_000_003 + self.current_epoch)
+
+    def _share(self, batch_idx: int) -> float:
+        """Of their weights that the regularisers have at this step, by the schedule."""
+        done = (batch_idx + 1) / max(int(self.trainer.num_training_batches), 1)
+        return scheduled(self.config, self.current_epoch + done)
 
     def _step(self, batch: dict[str, Any], split: str) -> Tensor | None:
         self.damaged.update(batch.get("damaged", ()))
@@ -114,9 +124,33 @@ class Classifier(pl.LightningModule):
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.model(images)
-        loss: Tensor = self.criterion(logits, targets)
+        cross_entropy, regularizer = self.criterion.parts(logits, targets)
+        loss: Tensor = cross_entropy
+        if regularizer is not None:
+            if split == "train" and self.balance is not None:
+                regularizer = regularizer * self._balanced((cross_entropy, regularizer))
+            loss = loss + regularizer
         self._measure(split, batch, logits, loss)
         return loss
+
+    def _balanced(self, parts: tuple[Tensor, Tensor]) -> float:
+        """By what this step's regulariser is multiplied, beyond the weights that are set."""
+        assert self.balance is not None
+        if not self.balance.due(self.global_step):
+            return 1.0
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        return self.balance.measure(
+            parts, weights, self._now, self.global_step, self._mean_over_processes
+        )
+
+    @property
+    def scale(self) -> float:
+        """Of the weights, by their balance."""
+        return 1.0 if self.balance is None else float(self.balance.scale)
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        gathered: Tensor = self.all_gather(values)  # type: ignore[assignment]
+        return gathered.reshape(-1, len(values)).mean(0)
 
     def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
         criterion, images, targets = self.criterion, batch["images"], batch["targets"]
@@ -135,6 +169,8 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Loss of a batch."""
+        self._now = self._share(batch_idx)
+        self._set_weights(self._now * self.scale)
         loss = self._step(batch, "train")
         if loss is not None:
             self.log("step_loss", loss, prog_bar=True, on_step=True, on_epoch=False)
@@ -155,11 +191,6 @@ class Classifier(pl.LightningModule):
         return {"head": str(head), "backend": backend}
 
 
-def ssim_options(config: FitConfig) -> dict[str, Any]:
-    """How maps are compared, as :func:`camkernels.ssim` takes it."""
-    return {name: getattr(config, name) for name in ("window", "window_size", "sigma", "padding")}
-
-
 class ConsistencyClassifier(Classifier):
     """Trains ``model`` by cross-entropy + alpha x (1 - SSIM) + beta x norm of the maps.
 
@@ -170,32 +201,20 @@ class ConsistencyClassifier(Classifier):
         return ConsistencyMeasures(classes)
 
     def _make_criterion(self) -> Any:
-        config = self.config
-        return ck.CAMConsistencyLoss(
-            self.model,
-            self.layer,
-            alpha=config.alpha,
-            beta=config.beta,
-            p=config.norm,
-            target=config.target,
-            relu=config.map_relu,
-            transform=self._views(0),
-            size=(config.image_size, config.image_size),
-            **ssim_options(config),
+        return criteria.consistency(self.model, self.layer, self.config, self.config.beta)
+
+    def _weights(self) -> dict[str, float]:
+        return {"alpha": self.config.alpha, "beta": self.config.beta}
+
+    def on_train_epoch_start(self) -> None:
+        """Other crops than in the epoch before."""
+        self.criterion.transform = criteria.views(
+            self.config, self.current_epoch + 1, self.global_rank
         )
-
-    def _views(self, *key: int) -> Any:
-        """What draws the second view, by ``key`` alone, so that a resumed run repeats it."""
-        seed = int(generator(self.config.seed, 9, *key).integers(1 << 62))
-        return ck.RandomResizedCropFlip((self.config.view_scale, 1.0), seed=seed)
-
-    def _begin_epoch(self) -> None:
-        """There is no warm-up: the paper begins with a trained network."""
-        self.criterion.transform = self._views(self.current_epoch + 1, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
         """The same crops of the test data in every epoch."""
-        self.criterion.transform = self._views(0)
+        self.criterion.transform = criteria.views(self.config, 0)
 
     def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
         measures = self.split(split)
@@ -214,30 +233,19 @@ class InterpretableClassifier(Classifier):
     """
 
     def __init__(self, model: nn.Module, config: FitConfig, classes: int) -> None:
-        options = {} if config.engine == "off" else {"engine": True, "memory": config.engine}
-        try:
-            model = ck.swap_in(model, **options)
-        except ck.EngineError as error:
-            raise CamtrainError(f"engine: {error}") from error
-        super().__init__(model, config, classes)
+        super().__init__(criteria.swapped(model, config), config, classes)
 
     def _make_measures(self, classes: int) -> SplitMeasures:
         return GradientMeasures(classes)
 
     def _make_criterion(self) -> Any:
-        config = self.config
-        return ck.InterpretableGradientLoss(
-            self.model,
-            config.error,  # type: ignore[arg-type]
-            config.gradient_weight,
-            every=config.every,
-            label_smoothing=config.label_smoothing,
-        )
+        return criteria.interpretable(self.model, self.config)
 
-    def _begin_epoch(self) -> None:
-        warm = self.current_epoch >= self.config.warmup_epochs
-        self.criterion.weight = self.config.gradient_weight if warm else 0.0
-        # so that a resumed run takes the error at the same steps
+    def _weights(self) -> dict[str, float]:
+        return {"weight": self.config.gradient_weight}
+
+    def on_train_epoch_start(self) -> None:
+        """Count from the step, so that a resumed run takes the error at the same steps."""
         self.criterion.calls = self.trainer.global_step
 
     def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
@@ -250,7 +258,72 @@ class InterpretableClassifier(Classifier):
         return {**super().describe(), "head": f"input gradient, engine {self.config.engine}"}
 
 
+class CombinedClassifier(Classifier):
+    """Trains ``model`` by cross-entropy and every regulariser that has a weight: ``beta`` that of
+    the CAM entropy, ``alpha`` and ``norm_weight`` those of consistency and norm,
+    ``gradient_weight`` that of the input gradient's error."""
+
+    def __init__(self, model: nn.Module, config: FitConfig, classes: int) -> None:
+        if config.gradient_weight:
+            model = criteria.swapped(model, config)
+        super().__init__(model, config, classes)
+
+    def _make_measures(self, classes: int) -> SplitMeasures:
+        return CombinedMeasures(classes)
+
+    def _make_criterion(self) -> Any:
+        config, found = self.config, {}
+        if config.beta:
+            found["entropy"] = criteria.entropy(self.model, self.layer, config)
+        if config.gradient_weight:
+            found["gradient"] = criteria.interpretable(self.model, config)
+        if config.alpha or config.norm_weight:
+            found["consistency"] = criteria.consistency(
+                self.model, self.layer, config, config.norm_weight
+            )
+        return ck.CombinedLoss(found)
+
+    def _weights(self) -> dict[str, float]:
+        config = self.config
+        weights = {
+            "entropy.beta": config.beta,
+            "gradient.weight": config.gradient_weight,
+            "consistency.alpha": config.alpha,
+            "consistency.beta": config.norm_weight,
+        }
+        return {k: v for k, v in weights.items() if k.partition(".")[0] in list(self.criterion)}
+
+    def on_train_epoch_start(self) -> None:
+        """As each regulariser needs it."""
+        if self.config.gradient_weight:
+            self.criterion["gradient"].calls = self.trainer.global_step
+        if "consistency" in list(self.criterion):
+            self.criterion["consistency"].transform = criteria.views(
+                self.config, self.current_epoch + 1, self.global_rank
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """The same crops of the test data in every epoch."""
+        if "consistency" in list(self.criterion):
+            self.criterion["consistency"].transform = criteria.views(self.config, 0)
+
+    def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
+        measures = self.split(split)
+        assert isinstance(measures, CombinedMeasures)
+        measures.update(logits, batch["targets"], loss, self.criterion.terms)
+
+    def describe(self) -> dict[str, str]:
+        """The head of the maps, where there are any, and the regularisers."""
+        heads = [getattr(self.criterion[name], "head", "") for name in self.criterion]
+        head = next(filter(None, heads), "none")
+        return {**super().describe(), "head": f"{head}; {', '.join(self.criterion)}"}
+
+
 def make_classifier(model: nn.Module, config: FitConfig, classes: int) -> Classifier:
     """The module of ``config.recipe``."""
-    kinds = {"consistency": ConsistencyClassifier, "interpretable": InterpretableClassifier}
+    kinds: dict[str, type[Classifier]] = {
+        "consistency": ConsistencyClassifier,
+        "interpretable": InterpretableClassifier,
+        "combined": CombinedClassifier,
+    }
     return kinds.get(config.recipe, Classifier)(model, config, classes)

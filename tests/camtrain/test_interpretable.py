@@ -39,7 +39,7 @@ def test_defaults() -> None:
     ("argv", "message"),
     [
         (("--error", "sigmoid"), "error: recipe 'entropy' does not read it, got 'sigmoid'"),
-        (("--engine", "lean"), "engine: .*or take recipe 'interpretable'"),
+        (("--engine", "lean"), "engine: .*or take recipe 'interpretable' or 'combined'"),
         (("--recipe", "interpretable", "--beta", "1"), "take recipe 'entropy' or 'consistency'"),
         (("--recipe", "interpretable", "--alpha", "1"), "alpha: .*take recipe 'consistency'"),
         (("--recipe", "interpretable", "--every", "0"), "every: must be at least 1, got 0"),

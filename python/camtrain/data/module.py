@@ -15,7 +15,7 @@ from camtrain.config import FitConfig
 from camtrain.data import caltech, cifar, cub, dogs, folder
 from camtrain.data.digits import SIZES, Digits
 from camtrain.data.labelled import LabelledPictures, Splits, check_several, cut_out
-from camtrain.data.pictures import normalised
+from camtrain.data.pictures import MEAN, STD, normalised
 from camtrain.data.sampling import EpochSampler
 from camtrain.data.voc import VOCBoxes, describe_skipped
 from camtrain.errors import CamtrainError
@@ -46,6 +46,9 @@ class CamtrainData(pl.LightningDataModule):
             self.train, self.test = _datasets(config)
         except OSError as error:  # permissions, a disk that is gone
             raise CamtrainError(f"root: {config.root} cannot be read: {error}") from error
+        if config.normalization == "imagenet":
+            for part in (self.train, self.test):
+                part.mean, part.std = MEAN, STD
         self.classes = self.train.classes
 
     @property
@@ -67,6 +70,10 @@ class CamtrainData(pl.LightningDataModule):
         sampler = EpochSampler(
             len(dataset), self.config.seed, shuffle=training, replicas=replicas, rank=rank
         )
+        if trainer is not None and training:
+            # Lightning does so when the epoch starts; in a resumed run the workers have been given
+            # their first batches by then
+            sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
         return DataLoader(
             dataset,
             batch_size=self.config.batch_size,

@@ -30,9 +30,13 @@ class WholePictures(Dataset[dict[str, Any]]):
     of the class (top, left, height, width in pixels of ``images``; n = 0 where none is known),
     ``group``: :data:`SINGLE` or :data:`SEVERAL` by all objects in the picture, ``name``; or
     ``damaged``.
+
+    Args:
+        config: of the run. limit: at most so many pictures.
+        test: test data of ``config`` made beforehand, but of VOC, which has crops there.
     """
 
-    def __init__(self, config: FitConfig, limit: int | None = None) -> None:
+    def __init__(self, config: FitConfig, limit: int | None = None, test: Any = None) -> None:
         if config.data == "voc":
             assert config.root is not None  # config.validate
             voc = VOCBoxes(
@@ -51,7 +55,7 @@ class WholePictures(Dataset[dict[str, Any]]):
             ]
             self.test: Any = None
         else:
-            self.test = CamtrainData(_limited(config, limit)).test
+            self.test = CamtrainData(_limited(config, limit)).test if test is None else test
             self.classes = self.test.classes
             self.entries = []
         self.image_size, self.damaged = config.image_size, config.damaged
@@ -80,16 +84,22 @@ class WholePictures(Dataset[dict[str, Any]]):
             "targets": torch.tensor(target),
             "boxes": torch.stack(boxes),
             "group": SINGLE if len(sample.objects) == 1 else SEVERAL,
-            "name": f"{sample.image.name} {self.classes[target]}",
+            "name": self.name(index),
         }
+
+    def name(self, index: int) -> str:
+        """Of an item, for tables."""
+        if self.test is None:
+            sample, target = self.entries[index]
+            return f"{sample.image.name} {self.classes[target]}"
+        return str(self.test.name(index)) if hasattr(self.test, "name") else str(index)
 
     def _labelled(self, index: int) -> dict[str, Any]:
         item = self.test[index]
         if "damaged" in item:
             return dict(item)
         boxes = item["boxes"][None] if "boxes" in item else torch.zeros(0, 4)
-        name = self.test.name(index) if hasattr(self.test, "name") else str(index)
-        return {**item, "boxes": boxes, "group": SINGLE, "name": name}
+        return {**item, "boxes": boxes, "group": SINGLE, "name": self.name(index)}
 
 
 def _limited(config: FitConfig, limit: int | None) -> FitConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,20 @@ from torch import nn
 
 from camtrain.config import FitConfig
 from camtrain.errors import CamtrainError
+from camtrain.models.cifar_resnet import CifarResNet
 from camtrain.models.smallresnet import SmallResNet
 
 PRETRAINED = "pretrained"
+# Our own networks, by number of classes.
+OWN: dict[str, Callable[[int], nn.Module]] = {
+    "smallresnet": SmallResNet,
+    **{f"cifar_resnet{6 * n + 2}": functools.partial(CifarResNet, n) for n in (3, 5, 7, 9)},
+}
 
 # Where the class activation map is taken by default: the last stage before pooling.
 _LAYERS = {
     "smallresnet": "layer3",
+    "cifar_resnet": "layer3",
     "resnet": "layer4",
     "resnext": "layer4",
     "wide_resnet": "layer4",
@@ -46,10 +54,11 @@ def build_model(
     """
     source, name = split_name(config.arch)
     pretrained = config.weights == PRETRAINED
+    model: nn.Module
     if source == "own":
         if pretrained:
-            raise CamtrainError("weights: smallresnet has no published weights")
-        model: nn.Module = SmallResNet(classes)
+            raise CamtrainError(f"weights: {name} takes a file, it has no 'pretrained' ones here")
+        model = OWN[name](classes)
     elif source == "torchvision":
         model = _torchvision(name, pretrained)
     elif source == "timm":
@@ -75,7 +84,7 @@ def plain_model(arch: str) -> nn.Module:
     """The network of a name as its library makes it, untrained and with its own head."""
     source, name = split_name(arch)
     if source == "own":
-        raise CamtrainError("arch: smallresnet has no fixed number of classes; give its run folder")
+        raise CamtrainError(f"arch: {name} has no fixed number of classes; give its run folder")
     if source == "torchvision":
         return _torchvision(name, False)
     return _timm(name, False) if source == "timm" else _factory(source, name)
@@ -94,7 +103,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
 
 def split_name(arch: str) -> tuple[str, str]:
     """Where a model comes from (own, torchvision, timm, or a module) and its name there."""
-    if arch == "smallresnet":
+    if arch in OWN:
         return "own", arch
     source, colon, name = arch.partition(":")
     if colon:
@@ -105,10 +114,10 @@ def split_name(arch: str) -> tuple[str, str]:
     timm = _library("timm", arch, "torchvision has no model of this name")
     if timm.is_model(arch):
         return "timm", arch
-    near = difflib.get_close_matches(arch, ["smallresnet", *torchvision.list_models()], n=3)
+    near = difflib.get_close_matches(arch, [*OWN, *torchvision.list_models()], n=3)
     near += difflib.get_close_matches(arch, timm.list_models(), n=3)
     raise CamtrainError(
-        f"arch: neither smallresnet nor a model of torchvision or timm: {arch!r}"
+        f"arch: neither {', '.join(OWN)} nor a model of torchvision or timm: {arch!r}"
         + (f"; near names: {', '.join(dict.fromkeys(near))}" if near else "")
     )
 

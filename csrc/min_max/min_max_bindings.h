@@ -1,11 +1,11 @@
+#pragma once
+
 #include <array>
 
 #include "common/bindings.h"
 #include "min_max/min_max.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::min_max_bindings {
 
 using Three = std::array<int64_t, 3>;
 
@@ -40,8 +40,6 @@ void define(py::module_& module, MinMax (*make)(Args...)) {
       Release());
 }
 
-}  // namespace
+void define(py::module_& module) { define(module, &arguments); }
 
-void define_min_max(py::module_& module) { define(module, &arguments); }
-
-}  // namespace camkernels
+}  // namespace camkernels::min_max_bindings

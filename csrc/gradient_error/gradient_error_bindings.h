@@ -1,9 +1,9 @@
+#pragma once
+
 #include "common/bindings.h"
 #include "gradient_error/gradient_error.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::gradient_error_bindings {
 
 void run_fwd(Pointer delta, int delta_dtype, int64_t delta_stride, Pointer guided, int guided_dtype,
              int64_t guided_stride, int64_t batch, int64_t entries, int error, Pointer errors,
@@ -35,12 +35,10 @@ void run_bwd(Pointer grad_errors, Pointer delta, int delta_dtype, int64_t delta_
   CAMKERNELS_RUN(gradient_error_bwd, args);
 }
 
-}  // namespace
-
-void define_gradient_error(py::module_& module) {
+void define(py::module_& module) {
   module.attr("GRADIENT_ERROR_BLOCK") = kErrorBlock;
   module.def("gradient_error_fwd", &run_fwd, Release());
   module.def("gradient_error_bwd", &run_bwd, Release());
 }
 
-}  // namespace camkernels
+}  // namespace camkernels::gradient_error_bindings

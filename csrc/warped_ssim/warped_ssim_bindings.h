@@ -1,12 +1,12 @@
+#pragma once
+
 #include <array>
 #include <vector>
 
 #include "common/bindings.h"
 #include "warped_ssim/warped_ssim.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::warped_ssim_bindings {
 
 using Axis = std::array<int64_t, 3>;
 using Strides = std::array<int64_t, 3>;
@@ -44,8 +44,6 @@ void run(int64_t batch, const Axis& rows, const Axis& columns, const Axis& other
   CAMKERNELS_RUN(warped_ssim, args);
 }
 
-}  // namespace
+void define(py::module_& module) { module.def("warped_ssim", &run, Release()); }
 
-void define_warped_ssim(py::module_& module) { module.def("warped_ssim", &run, Release()); }
-
-}  // namespace camkernels
+}  // namespace camkernels::warped_ssim_bindings

@@ -1,11 +1,11 @@
+#pragma once
+
 #include <array>
 
 #include "common/bindings.h"
 #include "warp/warp.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::warp_bindings {
 
 using Axis = std::array<int64_t, 3>;
 using Strides = std::array<int64_t, 4>;
@@ -40,8 +40,6 @@ void define(py::module_& module, WarpArguments (*make)(Args...)) {
       Release());
 }
 
-}  // namespace
+void define(py::module_& module) { define(module, &arguments); }
 
-void define_warp(py::module_& module) { define(module, &arguments); }
-
-}  // namespace camkernels
+}  // namespace camkernels::warp_bindings

@@ -1,11 +1,11 @@
+#pragma once
+
 #include <array>
 
 #include "common/bindings.h"
 #include "lp_norm/lp_norm.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::lp_norm_bindings {
 
 using Three = std::array<int64_t, 3>;
 using Two = std::array<int64_t, 2>;
@@ -29,8 +29,6 @@ void run(const Three& shape, const Two& size, bool enlarges, Pointer values, int
   CAMKERNELS_RUN(lp_norm, args);
 }
 
-}  // namespace
+void define(py::module_& module) { module.def("lp_norm", &run, Release()); }
 
-void define_lp_norm(py::module_& module) { module.def("lp_norm", &run, Release()); }
-
-}  // namespace camkernels
+}  // namespace camkernels::lp_norm_bindings

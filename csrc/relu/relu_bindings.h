@@ -1,9 +1,9 @@
+#pragma once
+
 #include "common/bindings.h"
 #include "relu/relu.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::relu_bindings {
 
 void run_relu_fwd(Pointer input, Pointer output, Pointer mask, int64_t count, int dtype,
                   bool streaming, int threads) {
@@ -19,11 +19,9 @@ void run_relu_bwd(Pointer grad, Pointer mask, Pointer output, Pointer grad_input
   CAMKERNELS_RUN(relu_bwd, args);
 }
 
-}  // namespace
-
-void define_relu(py::module_& module) {
+void define(py::module_& module) {
   module.def("relu_fwd", &run_relu_fwd, Release());
   module.def("relu_bwd", &run_relu_bwd, Release());
 }
 
-}  // namespace camkernels
+}  // namespace camkernels::relu_bindings

@@ -1,11 +1,11 @@
+#pragma once
+
 #include <array>
 
 #include "cam_methods/cam_methods.h"
 #include "common/bindings.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::cam_methods_bindings {
 
 using Four = std::array<int64_t, 4>;
 
@@ -51,11 +51,9 @@ void run_cam_pixels(const Four& shape, Pointer activations, int dtype,
   CAMKERNELS_RUN(cam_pixels, args);
 }
 
-}  // namespace
-
-void define_cam_methods(py::module_& module) {
+void define(py::module_& module) {
   module.def("cam_weights", &run_cam_weights, Release());
   module.def("cam_pixels", &run_cam_pixels, Release());
 }
 
-}  // namespace camkernels
+}  // namespace camkernels::cam_methods_bindings

@@ -1,11 +1,11 @@
+#pragma once
+
 #include <array>
 
 #include "common/bindings.h"
 #include "max_pool/max_pool.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::max_pool_bindings {
 
 // input, output, kernel, stride, padding, dilation.
 using Axis = std::array<int64_t, 6>;
@@ -56,8 +56,6 @@ void define(py::module_& module, MaxPool (*make)(Args...)) {
       Release());
 }
 
-}  // namespace
+void define(py::module_& module) { define(module, &arguments); }
 
-void define_max_pool(py::module_& module) { define(module, &arguments); }
-
-}  // namespace camkernels
+}  // namespace camkernels::max_pool_bindings

@@ -1,11 +1,13 @@
+#pragma once
+
 #include <array>
 
 #include "best_box_ious/best_box_ious.h"
 #include "common/bindings.h"
 
-namespace camkernels {
+namespace camkernels::best_box_ious_bindings {
 
-void define_best_box_ious(py::module_& module) {
+void define(py::module_& module) {
   module.def(
       "best_box_ious",
       [](const std::array<int64_t, 3>& shape, int64_t thresholds, Pointer levels, Pointer boxes,
@@ -25,4 +27,4 @@ void define_best_box_ious(py::module_& module) {
       Release());
 }
 
-}  // namespace camkernels
+}  // namespace camkernels::best_box_ious_bindings

@@ -1,12 +1,12 @@
+#pragma once
+
 #include <array>
 #include <vector>
 
 #include "common/bindings.h"
 #include "ssim/ssim.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::ssim_bindings {
 
 using Shape = std::array<int64_t, 4>;
 using Weights = std::vector<double>;
@@ -35,8 +35,6 @@ void run(const Shape& shape, Pointer x, int x_dtype, const Shape& x_strides, Poi
   CAMKERNELS_RUN(ssim, args);
 }
 
-}  // namespace
+void define(py::module_& module) { module.def("ssim", &run, Release()); }
 
-void define_ssim(py::module_& module) { module.def("ssim", &run, Release()); }
-
-}  // namespace camkernels
+}  // namespace camkernels::ssim_bindings

@@ -1,11 +1,11 @@
+#pragma once
+
 #include <array>
 
 #include "batch_norm_relu/batch_norm_relu.h"
 #include "common/bindings.h"
 
-namespace camkernels {
-
-namespace {
+namespace camkernels::batch_norm_relu_bindings {
 
 // In the order of TENSORS in camkernels/ops/batch_norm_relu/cpu.py.
 using Tensors = std::array<Pointer, 21>;
@@ -54,9 +54,7 @@ void define(py::module_& module, const char* name, Kernel kernel, BatchNorm (*)(
       name, [kernel](Arguments... arguments) { kernel(batch_norm(arguments...)); }, Release());
 }
 
-}  // namespace
-
-void define_batch_norm_relu(py::module_& module) {
+void define(py::module_& module) {
   const auto define_kernel = [&](const char* name, auto kernel) {
     define(module, name, kernel, &batch_norm);
   };
@@ -70,4 +68,4 @@ void define_batch_norm_relu(py::module_& module) {
   define_kernel("bn_bwd_bwd", [](const BatchNorm& args) { CAMKERNELS_RUN(bn_bwd_bwd, args); });
 }
 
-}  // namespace camkernels
+}  // namespace camkernels::batch_norm_relu_bindings
