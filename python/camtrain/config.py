@@ -159,8 +159,9 @@ def resolve(overrides: dict[str, Any], file: dict[str, Any] | None = None) -> Fi
     if recipe == "interpretable":
         values |= INTERPRETABLE
     if recipe == DOGS:
-        # the digits have a network of their own
-        values |= {k: v for k, v in DOGS_PAPER.items() if (data, k) != ("digits", "arch")}
+        # the digits have a network and a size of their own
+        own = ("arch", "image_size") if data == "digits" else ()
+        values |= {k: v for k, v in DOGS_PAPER.items() if k not in own}
     values |= given
     if "weights" not in values and _has_published_weights(values):
         values["weights"] = "pretrained"

@@ -104,6 +104,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("error", "gradient_weight", "every", "engine"), ("interpretable", "combined")),
     **dict.fromkeys(("ramp_epochs", "ramp", "balance", "balance_every"), REGULARIZED),
+    "label_smoothing": (*REGULARIZED, "baseline"),
     "beta": ("entropy", "consistency", "combined"),
     "norm_weight": ("combined",),
 }

@@ -16,6 +16,7 @@ number elsewhere, and a dropped term or factor is thousands of times the bound.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -321,3 +322,11 @@ def storages(tensors: Sequence[Any]) -> dict[int, int]:
         if storage.nbytes():
             found[storage.data_ptr()] = storage.nbytes()
     return found
+
+
+def gradcheck_twice(function: Any, leaves: Sequence[Tensor]) -> None:
+    """First and second order against differences: along random directions, which costs as many
+    calls as there are leaves; by the thorough profile entry by entry."""
+    fast = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci"
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=fast)

@@ -29,6 +29,8 @@ from triton_calls import CAM, Case, call, cases  # beside this file, which runs 
 import camkernels.ops
 from camkernels.ops import _triton_launch as host
 
+# 16 bytes: four words, two double words.
+WIDE = r"\b{}\.global[\w.:]*\.(?:v4\.\w32|v2\.\w64)"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -63,26 +65,34 @@ def kernels() -> list[str]:
     return sorted(found)
 
 
-def inspect(cubin: bytes) -> dict[str, int]:
-    """Registers, local memory and the widths of memory instructions, from the machine code."""
+def inspect(asm: Any, listing: bool) -> dict[str, int]:
+    """Registers, local memory and the widths of memory instructions.
+
+    Args:
+        asm: what Triton made. listing: look for local memory in the machine code too, which takes
+            as long to list as to make. A load of the PTX is one of the machine's, as wide.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
         usage, sass = (
             subprocess.run(
                 [str(TOOLS / "cuobjdump"), option, file.name],
                 capture_output=True, text=True, check=True,
             ).stdout
-            for option in ("-res-usage", "-sass")
+            if wanted
+            else ""
+            for option, wanted in (("-res-usage", True), ("-sass", listing))
         )  # fmt: skip
     fields = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    ptx = asm["ptx"]
     return {
         "registers": fields["REG"],
         "local_bytes": fields["STACK"] + fields["LOCAL"],
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "loads": len(re.findall(r"\bLDG\.", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128", sass)),
-        "wide_stores": len(re.findall(r"\bSTG\.[\w.]*128", sass)),
+        "loads": len(re.findall(r"\bld\.global", ptx)),
+        "wide_loads": len(re.findall(WIDE.format("ld"), ptx)),
+        "wide_stores": len(re.findall(WIDE.format("st"), ptx)),
     }
 
 
@@ -101,12 +111,12 @@ def main(capability: int, group: str) -> None:
                 "capability": capability,
                 "split": bool(constants.get("SPLIT")),
                 "shared_bytes": compiled.metadata.shared,
-                **inspect(compiled.asm["cubin"]),
+                **inspect(compiled.asm, listing=group != "default"),
             }
 
     host.launch = compile_only
     host.multiprocessors = lambda device: 132
-    for case in [Case("cam", *CAM[0])] if group == "spill" else cases(group):
+    for case in [Case("cam", *CAM[0])] if group == "spill" else cases(group, capability):
         running[:] = [case]
         call(case)
     json.dump({"kernels": kernels(), "compiled": list(seen.values())}, sys.stdout)
