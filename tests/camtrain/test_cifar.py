@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from collections.abc import Callable
@@ -11,14 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from camtrain.config import FitConfig
+from camtrain.config import FitConfig, resolve
 from camtrain.data import cifar
 from camtrain.data.labelled import Sample
 from camtrain.data.module import CamtrainData
 from camtrain.data.sampling import Draw
 from camtrain.errors import CamtrainError
 from camtrain.fit import fit
+from camtrain.models import build_model, default_layer
+from camtrain.trained import load_run
+from explain.real import resnet20
 from picture_files import write_picture
+
+import camkernels as ck
 
 Tiny = Callable[..., FitConfig]
 TEN = cifar.KINDS["cifar10"].classes
@@ -196,3 +202,40 @@ def test_a_run_on_the_real_subset(shared_data: Path, tiny: Tiny) -> None:
     assert (len(found.splits.train), len(found.splits.test)) == (2000, 1000)
     run = fit(tiny(data="cifar10", root=str(root), beta=0.0), quiet=True)
     assert run.classes == TEN
+
+
+@pytest.mark.parametrize("depth", [20, 56])
+def test_published_resnets(shared_data: Path, depth: int) -> None:
+    """Their weights fit, and they know the pictures if normalised as they expect."""
+    weights = next((shared_data / "weights_cifar10_resnet").glob(f"resnet{depth}-*.th"))
+    root = str(shared_data / "cifar10_subset")
+    given = {"data": "cifar10", "root": root, "limit_test": 200, "recipe": "baseline",
+             "arch": f"cifar_resnet{depth}", "weights": str(weights)}  # fmt: skip
+    found = {}
+    for normalization in ("data", "imagenet"):
+        config = resolve({**given, "normalization": normalization})
+        data = CamtrainData(config)
+        model = build_model(config, 10).eval()
+        items = [data.test[i] for i in range(len(data.test))]
+        images = data.normalise(torch.stack([item["images"] for item in items]))
+        targets = torch.stack([item["targets"] for item in items])
+        with torch.no_grad():
+            logits = model(images)
+        found[normalization] = logits, float((logits.argmax(1) == targets).float().mean())
+    assert found["imagenet"][1] > 0.75  # 81 % of JPEG files
+    assert not torch.allclose(found["imagenet"][0], found["data"][0], atol=0.1)
+    if depth == 20:
+        with torch.no_grad():
+            expected = resnet20(shared_data)(images)
+        torch.testing.assert_close(found["imagenet"][0], expected, rtol=1e-4, atol=1e-4)
+    with ck.CAM(model, default_layer(config.arch)) as cam:  # has a closed form
+        assert cam.explain(images[:2], targets[:2]).shape == (2, 8, 8)
+
+
+def test_a_run_keeps_its_normalization(tiny: Tiny) -> None:
+    config = tiny(normalization="imagenet", beta=0.0)
+    fit(config, quiet=True)
+    content = json.loads((Path(config.out) / "classes.json").read_text())
+    assert content["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    network = load_run(Path(config.out), torch.device("cpu"))
+    assert network.mean == pytest.approx((0.485, 0.456, 0.406))

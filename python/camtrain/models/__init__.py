@@ -200,14 +200,22 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _fits(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+def _own(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ``state`` must hold. Files from before PyTorch 1 do not count BatchNorm's batches, and
+    ``load_state_dict`` fills that in."""
     own = model.state_dict()
+    counted = any(key.endswith("num_batches_tracked") for key in state)
+    return {k: v for k, v in own.items() if counted or not k.endswith("num_batches_tracked")}
+
+
+def _fits(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    own = _own(model, state)
     return own.keys() == state.keys() and all(own[k].shape == v.shape for k, v in state.items())
 
 
 def _other_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
     """How the numbers of classes differ; empty where more than the last layer does."""
-    own = model.state_dict()
+    own = _own(model, state)
     if own.keys() != state.keys():
         return ""
     names = {key.rpartition(".")[0] for key in own if own[key].shape != state[key].shape}
@@ -224,7 +232,7 @@ def _other_classes(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
 
 
 def _difference(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
-    own = model.state_dict()
+    own = _own(model, state)
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     parts = [
