@@ -1,7 +1,8 @@
 """Metrics over a batch, against loops over single pictures.
 
-insertion   areas of 64 pictures: ours in batches over pictures and steps; ``loop`` one picture at a
-            time, its steps in one batch; ``single`` one picture and one step at a time
+insertion   areas of 64 pictures: ours in batches over pictures and steps, of channels_last pictures
+            (``nchw``: of others); ``loop`` one picture at a time, its steps in one batch;
+            ``single`` one picture and one step at a time
 boxes       the best box of 64 maps at 1001 thresholds: ours in one pass over the pixels; ``loop``
             by contours of each map at each threshold
 """
@@ -80,7 +81,10 @@ def _insertion_case(options: Options) -> Case:
         return {
             "loop": lambda: _loop(*inputs, at=steps + 1),
             "single": lambda: _loop(*inputs, at=1),
-            "ours": lambda: _ours(*inputs),
+            "nchw": lambda: _ours(*inputs),
+            "ours": lambda: _ours(
+                model, images.contiguous(memory_format=torch.channels_last), *inputs[2:]
+            ),
         }
 
     facts = {"model": "resnet18", "batch": batch, "image_size": size, "steps": steps}

@@ -184,3 +184,18 @@ def test_mistakes_are_named(steps: int, maps: tuple[int, ...], message: str) -> 
     with pytest.raises(ValueError, match=message):
         insertion_curve(lambda p, o: torch.ones(len(p)), torch.rand(2, 3, 4, 4),
                         torch.rand(maps), steps=steps)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pictures_come_as_they_are_laid_out(layout: torch.memory_format) -> None:
+    images = torch.rand(2, 3, 6, 6).contiguous(memory_format=layout)
+    seen = []
+
+    def score(pictures: Tensor, owner: Tensor) -> Tensor:
+        seen.append(pictures.is_contiguous(memory_format=layout))
+        return pictures.flatten(1).mean(1)
+
+    maps = descending(6).expand(2, 6, 6)
+    found = insertion_auc(score, images, maps, steps=5, batch_size=4)
+    assert seen == [True] * 3
+    torch.testing.assert_close(found, insertion_auc(score, images.contiguous(), maps, steps=5))
