@@ -210,3 +210,14 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for by name: {reason}")
     return name
+
+
+def resolve_network(device: torch.device, dtype: torch.dtype) -> str:
+    """:func:`resolve` for the network ops, whose kernels have stand-ins that only allocate.
+
+    On the meta device, where a step is run to predict its memory, the reference would allocate what
+    no training does.
+    """
+    if device.type == "meta" and current_backend() == "auto":
+        return "meta"
+    return resolve(device, dtype)

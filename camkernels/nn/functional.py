@@ -286,7 +286,7 @@ def _backend(tensor: Tensor) -> str:
         proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
         if proxy is not None or isinstance(tensor, FakeTensor):
             return "reference"
-    return backends.resolve(tensor.device, tensor.dtype)
+    return backends.resolve_network(tensor.device, tensor.dtype)
 
 
 # --- arguments ----------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,17 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch.utils.data import DataLoader
+from PIL import Image
 
 import camkernels as ck
-from camkernels import metrics, viz
+from camkernels import viz
 from camtrain import config as configuration
-from camtrain import files, scoring, scoring_report
+from camtrain import files, paper_forms, picture_scores, scoring, scoring_report
 from camtrain.config import FitConfig
-from camtrain.data.module import CamtrainData, collate
 from camtrain.errors import CamtrainError, DivergedError
-from camtrain.evaluation import crops
 from camtrain.fit import InterruptedRunError, fit
+from camtrain.paper_forms import shown
 from camtrain.study import averages
 from camtrain.trained import Trained, device_of, load_run
 
@@ -102,7 +99,8 @@ def compare(
 
     Each cell has a folder with ``result.json`` once it is done. What is done is skipped, and a run
     that was cut short goes on after its last finished epoch. ``cells.csv``, ``table.csv``,
-    ``table.md``, ``examples.png`` and ``report.html`` are written after each cell.
+    ``table.md``, ``examples.png`` and ``report.html`` are written after each cell; at the end
+    ``papers.md``, ``curves.png`` and ``consistency.png``, in the form of the papers.
 
     Args:
         folder: of the study. given: values for all recipes.
@@ -142,7 +140,7 @@ def compare(
                 f"in {folder}; the same command goes on"
             ) from error
         _write(folder, configs, options, results)
-    rows = _write(folder, configs, options, results)
+    rows = _write(folder, configs, options, results, forms=True)
     print("\n" + markdown(rows) + f"\nreport: {folder / 'report.html'}")
     return rows
 
@@ -210,41 +208,9 @@ def _scores(network: Trained, options: Options) -> dict[str, Any]:
     found = scoring.score_run(network, (METHOD,), asked, set(), {})
     row = scoring_report.table(found)[0]
     titles = {title for title, _ in COLUMNS}
-    return {k: v for k, v in row.items() if k in titles} | _of_pictures(network, options)
-
-
-def _of_pictures(network: Trained, options: Options) -> dict[str, Any]:
-    """Consistency of maps, and smoothness of input gradients, of test pictures."""
-    assert network.config is not None
-    config = dataclasses.replace(network.config, limit_test=options.score_limit)
-    data = CamtrainData(config)
-    loader = DataLoader(data.test, config.batch_size, collate_fn=collate)  # type: ignore[arg-type]
-    values: dict[str, list[float]] = {"consistency": [], "variation": [], "agreement": []}
-    seen = 0
-    for batch in loader:
-        if "images" not in batch:
-            continue
-        images, targets = network.normalise(batch["images"]), batch["targets"]
-        boxes, flips = crops(torch.arange(seen, seen + len(images)), images.shape[-1])
-        place = (boxes.to(images.device), flips.to(images.device))
-        seen += len(images)
-        alike = ck.consistency_scores(network.model, network.layer, images, *place)
-        gradients = ck.InputGradient(network.model)(images, targets)
-        smooth = ck.SmoothGrad(network.model, samples=10)(images, targets)
-        values["consistency"] += alike.tolist()
-        values["variation"] += metrics.total_variation(gradients).tolist()
-        values["agreement"] += metrics.gradient_agreement(gradients, smooth).tolist()
-    means = {name: _mean(found) for name, found in values.items()}
-    return {
-        "consistency %": None if means["consistency"] is None else 100 * means["consistency"],
-        "gradient TV": means["variation"],
-        "agreement with SmoothGrad": means["agreement"],
-    }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else None
+    return {k: v for k, v in row.items() if k in titles} | picture_scores.means(
+        network, options.score_limit
+    )
 
 
 def tabulate(options: Options, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -272,7 +238,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "| seeds | " + " | ".join(_seeds(row) for row in rows) + " |",
     ]
     for title, good in COLUMNS:
-        cells = [_shown(row.get(title), row.get(f"{title} sd")) for row in rows]
+        cells = [shown(row.get(title), row.get(f"{title} sd")) for row in rows]
         lines.append(f"| {title} {arrows[good]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -281,20 +247,14 @@ def _seeds(row: Mapping[str, Any]) -> str:
     return f"{row['seeds']} ({row['diverged']} diverged)" if row["diverged"] else str(row["seeds"])
 
 
-def _shown(value: float | None, deviation: float | None) -> str:
-    if value is None:
-        return "-"
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
-    text = f"{value:.{digits}f}"
-    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
-
-
 def _write(
     folder: Path,
     configs: Mapping[tuple[int, str], FitConfig],
     options: Options,
     results: Sequence[Mapping[str, Any]],
+    forms: bool = False,
 ) -> list[dict[str, Any]]:
+    """Write what is known; with the ``forms`` of the papers, which take a while, at the end."""
     rows = tabulate(options, results)
     config = next(iter(configs.values()))
     title = (
@@ -311,6 +271,17 @@ def _write(
     if sheet is not None:
         viz.save(sheet, folder / "examples.png")
         report.add_figure(sheet, "Grad-CAM of the true class, of the same test pictures")
+    if forms:
+        first = next(iter(configs))[0]
+        done = [r["recipe"] for r in results if r["seed"] == first and "diverged" not in r]
+        runs = {recipe: configs[first, recipe] for recipe in done}
+        made = paper_forms.make(folder, runs, rows, options.score_limit, title)
+        files.write_text(folder / "papers.md", f"# {title}\n\n{made.markdown()}")
+        for name, table in made.tables.items():
+            report.add_table(table, name)
+        for name, file in made.figures.items():
+            with Image.open(folder / file) as picture:
+                report.add_figure(np.asarray(picture.convert("RGB")), name)
     report.add_table(list(results), "Every cell")
     report.write(folder / "report.html")
     return rows
@@ -319,7 +290,7 @@ def _write(
 def _turned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"figure": f"{title} ({good} is better)"}
-        | {row["recipe"]: _shown(row.get(title), row.get(f"{title} sd")) for row in rows}
+        | {row["recipe"]: shown(row.get(title), row.get(f"{title} sd")) for row in rows}
         for title, good in COLUMNS
     ]
 

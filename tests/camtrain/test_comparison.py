@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from camtrain import cli, comparison
+from camtrain import cli, comparison, scoring
 from camtrain.errors import CamtrainError
 from camtrain.trained import load_run
 from camtrain.training import Classifier
@@ -154,3 +154,33 @@ def test_a_cell_that_diverged_leaves_its_recipe_without_figures() -> None:
     assert "2 (1 diverged)" in comparison.markdown(rows)
     with pytest.raises(CamtrainError, match="recipes: unknown"):
         comparison.compare(Path("nowhere"), {}, comparison.Options(recipes=("x",)))
+
+
+def test_the_forms_of_the_papers(command: list[str], out: Path) -> None:
+    assert cli.main([*command, "--recipes", "entropy", "baseline", "consistency"]) == 0
+    text = (out / "papers.md").read_text()
+    assert "interpretable gradients" not in text  # has no row of its own
+    (row,) = (row for row in rows_of(out / "table.csv") if row["recipe"] == "consistency")
+    accuracy, consistency, area = (
+        float(row[n]) for n in ("accuracy %", "consistency %", "insertion")
+    )
+    shown = [f"{v:.3f}" if v < 10 else f"{v:.1f}" for v in (accuracy, consistency, area)]
+    assert f"| smallresnet | ours | {' | '.join(shown)} |" in text
+    # the sample, by other means
+    network = load_run(out / "entropy-seed0", torch.device("cpu"))
+    (head,) = (line for line in text.splitlines() if "Table I:" in line)
+    name = head.partition("test picture ")[2].partition(",")[0]
+    assert network.config is not None
+    data = scoring.WholePictures(network.config, 40)
+    (item,) = (data[i] for i in range(len(data)) if data[i]["name"] == name)
+    logits = network.model(network.normalise(item["images"][None]))[0]
+    (line,) = (line for line in text.splitlines() if line.startswith("| max logit"))
+    columns = next(x for x in text.splitlines() if x.startswith("|  | β")).split("|")
+    place = next(i for i, column in enumerate(columns) if "0.5" in column)
+    assert float(line.split("|")[place]) == pytest.approx(logits.max().item(), abs=6e-3)
+    for file in ("curves.png", "consistency.png"):
+        assert (out / file).is_file()
+        assert f"]({file})" in text
+    report = (out / "report.html").read_text()
+    assert "Table I" in report
+    assert report.count("<img") >= 3

@@ -147,6 +147,6 @@ def relu(input: Tensor, inplace: bool = False, save: str = "mask") -> Tensor:
     want_mask = torch.is_grad_enabled() and u.requires_grad
     # In place, what a kernel cannot take as it lies is no output that a kernel could read later.
     want_mask = want_mask and (save == "mask" or (inplace and not _kernels_take(u)))
-    backend = backends.resolve(u.device, u.dtype)
+    backend = backends.resolve_network(u.device, u.dtype)
     v: Tensor = ReLUFunction.apply(u, inplace, want_mask, backend)
     return v
