@@ -11,7 +11,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import interpretable_gradient_process as process
+import criterion_process as process
 import pytest
 import torch
 from guided_nets import GuidedNet, eager_loss, relative, twin_of
@@ -313,6 +313,19 @@ def test_two_processes_with_synchronised_statistics_equal_one_with_all_the_batch
         wrappers = len(process.WRAPPERS)
         for ours in found[wrappers * index : wrappers * (index + 1)]:
             assert relative(ours, expected) <= 1e-9  # type: ignore[arg-type]
+    plain = ck.swap_in(process.network())
+    images, targets = process.data()
+    plain_loss = torch.nn.functional.cross_entropy(plain(images), targets)
+    without = torch.autograd.grad(plain_loss, list(plain.parameters()))
+    for name, ours in zip(process.CAM_CRITERIA, found[-3:], strict=True):
+        model = ck.swap_in(process.network())
+        criterion = process.cam_criterion(name, model, slice(None))
+        criterion(model(images), targets).backward()
+        expected = [p.grad for p in model.parameters()]
+        assert relative(ours, expected) <= 1e-9, name  # type: ignore[arg-type]
+        assert relative(list(without), expected) > 1e-3, name  # type: ignore[arg-type]
+        terms = criterion.terms
+        assert all(value == 0 for key, value in terms.items() if key.endswith("dead")), name
 
 
 def test_distributed_data_parallel_and_its_static_graph(tmp_path: Path) -> None:

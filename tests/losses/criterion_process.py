@@ -39,6 +39,32 @@ def train(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, **optio
         criterion(model(images), targets).backward()
 
 
+LAYER, SIZE = "5", (10, 10)
+BOXES = torch.tensor([[i % 3, i % 2, 6 + i % 3, 8] for i in range(8)])
+
+
+def cam_criterion(name: str, model: nn.Module, part: slice) -> nn.Module:
+    """A criterion of maps of the samples of ``part``: all maps are live, so that the means over
+    processes are those over the batch."""
+
+    def views(batch: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return BOXES[part], torch.arange(8)[part] % 2 == 0
+
+    entropy = ck.CAMEntropyLoss(model, LAYER, beta=3.0, regularizer="dispersion")
+    if name == "entropy":
+        return entropy
+    consistency = ck.CAMConsistencyLoss(
+        model, LAYER, alpha=5.0, beta=0.1, transform=views, target="true", window_size=5
+    )
+    if name == "consistency":
+        return consistency
+    gradient = ck.InterpretableGradientLoss(model, weight=2.0)
+    return ck.CombinedLoss({"e": entropy, "c": consistency, "g": gradient})
+
+
+CAM_CRITERIA = ("entropy", "consistency", "combined")
+
+
 def main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -55,6 +81,13 @@ def main(rank: int, world: int, folder: str) -> None:
             ck.swap_in(nn.SyncBatchNorm.convert_sync_batchnorm(model))
             train(wrapped, images, targets, error=error, inner_reduction=inner)
             found.append([p.grad for p in model.parameters()])
+    for name in CAM_CRITERIA:
+        model = network()
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        ck.swap_in(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        criterion = cam_criterion(name, wrapped, slice(rank * 8 // world, (rank + 1) * 8 // world))
+        criterion(wrapped(images), targets).backward()
+        found.append([p.grad for p in model.parameters()])
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")
     torch.distributed.barrier()
