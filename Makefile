@@ -26,11 +26,11 @@ $(STAMP): $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install -qq --editable ".[train]"
 	touch $@
 
-# torchvision and timm give the tests real networks, grad-cam maps to compare with; without their
-# dependencies, which would replace a CPU build of torch.
+# torchvision and timm give the tests real networks, grad-cam maps to compare with, accelerate a
+# trainer; without their dependencies, which would replace a CPU build of torch.
 $(VENV)/.tests: $(STAMP)
 	$(PY) -m pip install -qq --editable ".[train,dev,triton]"
-	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm grad-cam==1.5.7 torchcam==0.5.0 ttach opencv-python-headless
+	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm grad-cam==1.5.7 torchcam==0.5.0 ttach opencv-python-headless accelerate psutil
 	touch $@
 
 # The tests' torchvision, if `make test` put it here, imports beside a CPU torch with their help only.

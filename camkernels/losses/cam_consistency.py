@@ -239,7 +239,7 @@ class CAMConsistencyLoss(nn.Module):
             first = self._normalized(raw)
             dead, uniform = _trivial(raw)
             weighted: list[Tensor] = []
-            terms = {"cross_entropy": cross_entropy.detach().mean()}
+            terms = {"cross_entropy": cross_entropy.detach().clone().mean()}
             if other is not None:
                 dead = dead | _trivial(other)[0]
                 distance, self._scores = self._distance(

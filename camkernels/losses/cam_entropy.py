@@ -251,7 +251,8 @@ class _Terms:
         valid: Tensor,
         normalize: bool,
     ) -> None:
-        self.cross_entropy = cross_entropy.detach()
+        # a copy: the loss may be it, and users divide losses in place
+        self.cross_entropy = cross_entropy.detach().clone()
         self.regularizer = regularizer.detach()
         self.evaluations = [
             Evaluation(F.MapStatistics(*(s.detach() for s in e.statistics)), e.maps.detach())

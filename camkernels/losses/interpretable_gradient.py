@@ -329,7 +329,8 @@ class _Terms:
     """What the last call measured; means are taken when read, so that a step does not pay."""
 
     def __init__(self, cross_entropy: Tensor) -> None:
-        self.cross_entropy = cross_entropy.detach()
+        # a copy: the loss may be it, and users divide losses in place
+        self.cross_entropy = cross_entropy.detach().clone()
         self.regularizer: Tensor | None = None
 
     def measured(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from camkernels import functional as F
 from camkernels import modes
+from camkernels.taps.graph import STATIC_GRAPH, has_static_graph
 from camkernels.taps.head import ClosedFormHead
 from camkernels.taps.tap import Tap, TapError
 
@@ -204,6 +205,8 @@ class Evaluator:
         scale = max(scales)
         if not logits.requires_grad or not all(a.requires_grad for a in activations):
             raise TapError(self._unconnected())
+        if has_static_graph(logits):
+            raise TapError(STATIC_GRAPH)
         with torch.inference_mode(False), torch.enable_grad():
             score = _scores(logits, classes).float().sum() * scale
             if not score.requires_grad:

@@ -28,7 +28,7 @@ _FIRST_ORDER_ONLY = {
 }
 # It takes the first backward it sees, an inner one, for that of the loss: gradients then differ
 # between processes.
-_STATIC_GRAPH = (
+STATIC_GRAPH = (
     "DistributedDataParallel(static_graph=True) does not expect gradients inside the loss, and "
     "would reduce wrong ones: leave static_graph out"
 )
@@ -95,12 +95,38 @@ def _classify(node: Any, found: Survey) -> None:
         found.guided += name == "ReLUFunctionBackward" or bool(getattr(node, "relu", False))
     elif name in _FIRST_ORDER_ONLY:
         found.obstacle = _FIRST_ORDER_ONLY[name]
-    elif name == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
-        found.obstacle = _STATIC_GRAPH
+    elif _is_static_sink(node):
+        found.obstacle = STATIC_GRAPH
     elif name.startswith("ReluBackward"):
         found.plain[name] += 1
     elif name in _LOWER_BOUND:
         found.plain[name] += getattr(node, _LOWER_BOUND[name]) == 0
+
+
+def _is_static_sink(node: Any) -> bool:
+    """Whether a node is DistributedDataParallel's at the end of a static graph."""
+    if node.name() != "_DDPSinkBackward":
+        return False
+    return bool(getattr(node.ddp_weakref(), "static_graph", False))
+
+
+def has_static_graph(output: Tensor) -> bool:
+    """Whether ``output`` comes out of DistributedDataParallel(static_graph=True): its node is the
+    model's last, or a few operations on the logits below."""
+    pending, seen = [output.grad_fn], 0
+    while pending and seen < _NEAR:
+        node = pending.pop(0)
+        if node is None:
+            continue
+        if _is_static_sink(node):
+            return True
+        seen += 1
+        pending += [source for source, _ in node.next_functions]
+    return False
+
+
+# Nodes between the logits that a criterion is given and the end of the model.
+_NEAR = 32
 
 
 def total(counted: Counter[str]) -> int:

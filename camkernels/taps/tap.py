@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -271,7 +271,7 @@ class Tap:
         if seen.tensor.dim() != 4:
             head, reason = None, "the layer's output is not (B, K, h, w)"
         else:
-            logits = output if isinstance(output, Tensor) else None
+            logits = output if isinstance(output, Tensor) else _logits_in(output)
             head, reason = examine(seen.tensor, steps, logits)
         self._examined = True
         self._set_head(head, reason)
@@ -371,6 +371,13 @@ class Tap:
                 "model: nn.DataParallel is not supported (its replicas live for one forward); use "
                 "nn.parallel.DistributedDataParallel"
             )
+
+
+def _logits_in(output: Any) -> Tensor | None:
+    """``logits`` of a ModelOutput or a dict, as Hugging Face's models return them."""
+    mapping = isinstance(output, Mapping)
+    found = output.get("logits") if mapping else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
 
 
 def _inside_reentrant_checkpoint() -> bool:

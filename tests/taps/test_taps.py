@@ -6,6 +6,8 @@ import copy
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +219,25 @@ def test_parametrized_head_takes_autograd() -> None:
             cam(logits, targets)
 
 
+@pytest.mark.parametrize("kind", ["dict", "attribute"])
+def test_closed_form_of_models_that_return_logits_by_name(kind: str) -> None:
+    class Named(SmallNet):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            logits = super().forward(x)
+            return {"logits": logits} if kind == "dict" else SimpleNamespace(logits=logits)
+
+    model, images, targets = Named().double(), *batch()
+    with ck.GradCAM(model, "body") as cam:
+        out = model(images)
+        logits = out["logits"] if kind == "dict" else out.logits
+        maps = cam(logits, targets)
+        assert cam.head.startswith("closed form")
+    with ck.GradCAM(model, "body", head="autograd") as cam:
+        out = model(images)
+        logits = out["logits"] if kind == "dict" else out.logits
+        torch.testing.assert_close(cam(logits, targets), maps)
+
+
 def test_structured_output_under_no_grad() -> None:
     class Structured(SmallNet):
         def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
@@ -333,5 +354,16 @@ def test_distributed_data_parallel_is_opened(tmp_path: Path) -> None:
         eager_loss(twin, "body", images, targets, 2.0).backward()
         for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad)
+        # With two processes the gradients would differ between them, without a word.
+        static = nn.parallel.DistributedDataParallel(model, static_graph=True)
+        with pytest.raises(ck.TapError, match="static_graph"):
+            criterion(static(images), targets)
+        logits = static(images)
+        with pytest.raises(ck.TapError, match="static_graph"):
+            criterion((logits.float()[:, :4] * 2).double(), targets.clamp(max=3))
+        closed = SmallNet().double()
+        static = nn.parallel.DistributedDataParallel(closed, static_graph=True)
+        with_head = ck.CAMEntropyLoss(static, "body", 2.0, head="closed_form")
+        with_head(static(images), targets).backward()
     finally:
         torch.distributed.destroy_process_group()
