@@ -272,6 +272,7 @@ def test_plots(quick_result: dict[str, Any], tmp_path: Path) -> None:
         assert plot.plot(result, tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_chosen_sides_and_the_baseline_alone() -> None:
     options = Options(quick=True, threads=1, sides=["ours"])
     result = runner.run(MEMBERS["relu"], options, ["guided save=output"], say=lambda text: None)

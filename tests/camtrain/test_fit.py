@@ -156,6 +156,7 @@ def test_writes_are_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_cam_entropy_lowers_the_entropy(tiny: Tiny, tmp_path: Path) -> None:
     shared = {"epochs": 3, "image_size": 48, "limit_train": 300, "limit_test": 100}
     entropy = {}

@@ -124,6 +124,7 @@ def test_guided_grad_cam_is_that_of_captum(squeezenet: nn.Module, pictures: Tens
     assert float(((found - expected).abs() / scale).max()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_map_beats_its_opposite(squeezenet: nn.Module, pictures: Tensor) -> None:
     """On trained weights Grad-CAM finds what the class lives on."""
     with torch.no_grad(), ck.GradCAM(squeezenet, "features.12") as cam:

@@ -107,7 +107,9 @@ def test_score_cam_of_one_channel_is_its_positive_part() -> None:
     torch.testing.assert_close(ck.ScoreCAM(model, "0").explain(images()), expected)
 
 
-@pytest.mark.parametrize("network", ["squeezenet", "resnet20"])
+@pytest.mark.parametrize(
+    "network", [pytest.param("squeezenet", marks=pytest.mark.slow), "resnet20"]
+)
 def test_score_cam_is_that_of_torch_cam(network: str, shared_data: Path) -> None:
     methods = pytest.importorskip("torchcam.methods", reason="make test installs it")
     pytest.importorskip("torchvision")
