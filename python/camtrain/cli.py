@@ -1,4 +1,4 @@
-"""The command line: ``camtrain fit``, ``study``, ``explain``, ``evaluate`` and ``demo``."""
+"""The command line: ``camtrain fit``, ``plan``, ``study``, ``explain``, ``evaluate``, ``demo``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from camtrain import cli_data, cli_explain
+from camtrain import cli_data, cli_explain, cli_plan
 from camtrain import config as configuration
 from camtrain.config import CHOICES, FitConfig
 from camtrain.errors import CamtrainError
@@ -69,10 +69,12 @@ _HELP = {
     "error": "interpretable: error between the input gradient and the guided one",
     "gradient_weight": "interpretable: weight of that error, lambda in the paper",
     "every": "interpretable: the error at every so-manieth step, with as many times the weight",
-    "engine": "interpretable: the network as scheduled passes, fast or lean in memory",
+    "engine": "the network as scheduled passes, fast or lean in memory; lean-bf16 rounds the "
+    "second-order tensors of the input gradient's error; auto: by --vram (the default with it)",
     "backend": "which kernels run",
     "epochs": "epochs",
     "batch_size": "samples per step and device",
+    "vram": "GB of GPU memory: batch size and engine by a plan, as camtrain plan tells it",
     "optimizer": "adam, or sgd with momentum",
     "lr": "learning rate",
     "momentum": "of sgd",
@@ -116,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--overwrite", action="store_true", help="remove an earlier run in --out")
     fit.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
     _add_fields(fit)
+    cli_plan.add(commands, lambda parser: _add_fields(parser, without=("vram",)))
     _add_study(commands)
     cli_explain.add(commands)
     cli_data.add_data(commands)
@@ -175,7 +178,7 @@ def _add_study(commands: Any) -> None:
     study.add_argument("--overwrite", action="store_true", help="remove an earlier study in --out")
     study.add_argument("--config", type=Path, help="YAML file with the same keys as the flags")
     study.add_argument("--progress", action=argparse.BooleanOptionalAction, help="progress bar")
-    _add_fields(study, without=_VARIED)
+    _add_fields(study, without=(*_VARIED, "vram"))
 
 
 def fit_config(arguments: argparse.Namespace) -> FitConfig:
@@ -189,7 +192,9 @@ def fit_config(arguments: argparse.Namespace) -> FitConfig:
         if arguments.config is not None:
             given = {**configuration.load(arguments.config), **given}
         return configuration.resumed(stored, {**given, "out": str(out)})
-    file = None if arguments.config is None else configuration.load(arguments.config)
+    file = {} if arguments.config is None else configuration.load(arguments.config)
+    flags, keys = ((given, "command line"), (file, "config file"))
+    configuration.refuse_both({**configuration.checked(*keys), **configuration.checked(*flags)})
     return configuration.resolve(given, file)
 
 
@@ -200,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "fit":
             return _fit(arguments)
+        if arguments.command == "plan":
+            _import_training()
+            return cli_plan.plan(arguments)
         if arguments.command == "study":
             return _study(arguments)
         if arguments.command == "data":
@@ -255,6 +263,8 @@ def _study(arguments: argparse.Namespace) -> int:
     fixed = sorted(set(file) & {*_VARIED, *(name.replace("_", "-") for name in _VARIED)})
     if fixed:
         raise CamtrainError(f"config: the grid of a study sets {', '.join(fixed)}")
+    if file.get("vram") is not None:
+        raise CamtrainError("vram: the runs of a study share one batch size; pass --batch-size")
     wrong = _GRID_DEFAULTS if arguments.recipe == "recipes" else _OF_RECIPES
     for name in wrong:
         if getattr(arguments, name) is not None:

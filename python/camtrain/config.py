@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,6 +24,8 @@ from camtrain.defaults import (
 )
 from camtrain.errors import CamtrainError
 
+# An engine that a plan chooses, before it has.
+AUTO = "auto"
 CHOICES: dict[str, tuple[str, ...]] = {
     "recipe": ("entropy", "consistency", "interpretable", "combined", "stanford-dogs", "baseline"),
     "data": (
@@ -40,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head_path": ("auto", "autograd"),
     "augment_on": ("loader", "device"),
     "error": ("cosine", "histogram", "histogram_paper", "sigmoid", "centered_sigmoid"),
-    "engine": ("off", "fast", "lean"),
+    "engine": ("off", "fast", "lean", "lean-bf16", AUTO),
     "ramp": ("linear", "cosine"),
     "normalization": ("data", "imagenet"),
     "window": ("gaussian", "uniform"),
@@ -106,6 +109,7 @@ class FitConfig:
 
     epochs: int = 10
     batch_size: int = 50
+    vram: float | None = None
     optimizer: str = "adam"
     lr: float = 1e-3
     momentum: float = 0.9
@@ -162,6 +166,8 @@ def resolve(overrides: dict[str, Any], file: dict[str, Any] | None = None) -> Fi
         # the digits have a network and a size of their own
         own = ("arch", "image_size") if data == "digits" else ()
         values |= {k: v for k, v in DOGS_PAPER.items() if k not in own}
+    if given.get("vram") is not None and recipe in READ_BY["engine"]:
+        values["engine"] = AUTO
     values |= given
     if "weights" not in values and _has_published_weights(values):
         values["weights"] = "pretrained"
@@ -248,6 +254,10 @@ def validate(config: FitConfig) -> None:
             raise CamtrainError(f"{name}: must be above 0, got {getattr(config, name)}")
     if not 0 <= config.momentum < 1:
         raise CamtrainError(f"momentum: must be at least 0 and below 1, got {config.momentum}")
+    if config.engine == AUTO and config.vram is None:
+        raise CamtrainError(f"engine: {AUTO!r} is chosen by a plan; it needs --vram")
+    if config.vram is not None and not 0 < config.vram < math.inf:
+        raise CamtrainError(f"vram: must be above 0 GB, got {config.vram}")
     for name in ("crop_scale", "view_scale"):
         if not 0 < getattr(config, name) <= 1:
             raise CamtrainError(
@@ -289,6 +299,15 @@ def _validate_recipe(config: FitConfig) -> None:
         raise CamtrainError(
             "balance: gradients would be measured before they are scaled for float16; take "
             "precision bf16-mixed or 32-true"
+        )
+
+
+def refuse_both(given: dict[str, Any]) -> None:
+    """``vram`` beside a batch size, in what a new run is given; a stored run holds both."""
+    if given.get("vram") is not None and given.get("batch_size") is not None:
+        raise CamtrainError(
+            f"vram: a plan for {given['vram']:g} GB sets the batch size, and batch_size "
+            f"{given['batch_size']} was given too; leave one of them away"
         )
 
 

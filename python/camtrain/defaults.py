@@ -102,7 +102,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
         ("regularizer", "other_classes", "normalize", "head_path"),
         ("entropy", "combined", "baseline"),
     ),
-    **dict.fromkeys(("error", "gradient_weight", "every", "engine"), ("interpretable", "combined")),
+    **dict.fromkeys(("error", "gradient_weight", "every"), ("interpretable", "combined")),
+    # not of stanford-dogs, which afterwards looks into layers that the engine does not stop at
+    "engine": (*REGULARIZED, "baseline"),
     **dict.fromkeys(("ramp_epochs", "ramp", "balance", "balance_every"), REGULARIZED),
     "label_smoothing": (*REGULARIZED, "baseline"),
     "beta": ("entropy", "consistency", "combined"),

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import camkernels as ck
 from camtrain import config as configuration
-from camtrain import figures, files, localisation
+from camtrain import figures, files, localisation, planning
 from camtrain.config import FitConfig
 from camtrain.data.module import CamtrainData
 from camtrain.data.voc import describe_skipped
@@ -101,6 +101,12 @@ def fit(
         data = CamtrainData(config) if data is None else data
         tell = _silent if quiet else _tell
         tell(data.note)
+        if config.vram is not None and not resume:
+            # classes and samples are known now; a run that goes on has the answer in its file
+            config, said = planning.chosen(config, len(data.classes), len(data.train))
+            data.config = config
+            _write_config(folder, config)
+            tell(said)
         model = build_model(config, len(data.classes), tell)
         check_compared(config, model)
         if config.recipe == DOGS:
@@ -112,6 +118,8 @@ def fit(
         callbacks: list[Callback] = [recorder, collector, StopDiverged()]
         if config.recipe == "consistency":
             callbacks.append(TrivialSolutions(config, recorder))
+        if config.vram is not None:
+            callbacks.append(planning.WithinBudget(config.vram, tell))
         trainer = _trainer(config, folder, callbacks, progress)
         files.write_json(folder / "environment.json", files.environment())
         write_classes(folder, data.classes, data.train.mean, data.train.std)
@@ -157,10 +165,8 @@ def _prepare(folder: Path, config: FitConfig, resume: bool, overwrite: bool) -> 
         raise CamtrainError(
             f"out: {folder} holds a run already; pass --resume, --overwrite or another --out"
         )
-    try:
-        files.write_text(folder / "config.yaml", configuration.dump(config))
-    except OSError as error:
-        raise CamtrainError(f"out: cannot write to {folder}: {error}") from error
+    if config.vram is None or resume:
+        _write_config(folder, config)
     for path in partial_files(folder):
         path.unlink()
     checkpoint = folder / CHECKPOINT
@@ -171,6 +177,13 @@ def _prepare(folder: Path, config: FitConfig, resume: bool, overwrite: bool) -> 
         return None
     print(f"resuming after epoch {checkpoint_epoch(checkpoint)}", flush=True)
     return checkpoint
+
+
+def _write_config(folder: Path, config: FitConfig) -> None:
+    try:
+        files.write_text(folder / "config.yaml", configuration.dump(config))
+    except OSError as error:
+        raise CamtrainError(f"out: cannot write to {folder}: {error}") from error
 
 
 def _trainer(

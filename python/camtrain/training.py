@@ -37,7 +37,7 @@ class Classifier(pl.LightningModule):
 
     def __init__(self, model: nn.Module, config: FitConfig, classes: int) -> None:
         super().__init__()
-        self.model = model
+        self.model = self._swapped(model, config)
         self.config = config
         self.layer = config.layer or default_layer(config.arch)
         self.measures = nn.ModuleDict(
@@ -51,6 +51,11 @@ class Classifier(pl.LightningModule):
             self._criterion: list[Any] = [self._make_criterion()]
         except ValueError as error:  # the layer's name, with the near ones; an option
             raise CamtrainError(str(error)) from error
+
+    @staticmethod
+    def _swapped(model: nn.Module, config: FitConfig) -> nn.Module:
+        """``model`` with what the recipe needs in place of its own modules."""
+        return model if config.engine == "off" else criteria.swapped(model, config)
 
     def _make_measures(self, classes: int) -> SplitMeasures:
         return EpochMeasures(classes)
@@ -118,6 +123,13 @@ class Classifier(pl.LightningModule):
         self.damaged.update(batch.get("damaged", ()))
         if "images" not in batch:
             return None  # every picture of the batch was damaged
+        logits, loss = self.loss_of(batch, split)
+        self._measure(split, batch, logits, loss)
+        return loss
+
+    def loss_of(self, batch: dict[str, Any], split: str) -> tuple[Tensor, Tensor]:
+        """Logits and loss of ``images`` and ``targets``: all of a step that takes memory by the
+        sample, which :mod:`camtrain.planning` counts."""
         images, targets = batch["images"], batch["targets"]
         if self.config.precision == "64-true":
             images = images.double()  # they come as bytes, which Lightning does not convert
@@ -130,8 +142,7 @@ class Classifier(pl.LightningModule):
             if split == "train" and self.balance is not None:
                 regularizer = regularizer * self._balanced((cross_entropy, regularizer))
             loss = loss + regularizer
-        self._measure(split, batch, logits, loss)
-        return loss
+        return logits, loss
 
     def _balanced(self, parts: tuple[Tensor, Tensor]) -> float:
         """By what this step's regulariser is multiplied, beyond the weights that are set."""
@@ -232,8 +243,9 @@ class InterpretableClassifier(Classifier):
     Source: A learning paradigm for interpretable gradients, Algorithm 1.
     """
 
-    def __init__(self, model: nn.Module, config: FitConfig, classes: int) -> None:
-        super().__init__(criteria.swapped(model, config), config, classes)
+    @staticmethod
+    def _swapped(model: nn.Module, config: FitConfig) -> nn.Module:
+        return criteria.swapped(model, config)
 
     def _make_measures(self, classes: int) -> SplitMeasures:
         return GradientMeasures(classes)
@@ -263,10 +275,10 @@ class CombinedClassifier(Classifier):
     the CAM entropy, ``alpha`` and ``norm_weight`` those of consistency and norm,
     ``gradient_weight`` that of the input gradient's error."""
 
-    def __init__(self, model: nn.Module, config: FitConfig, classes: int) -> None:
-        if config.gradient_weight:
-            model = criteria.swapped(model, config)
-        super().__init__(model, config, classes)
+    @staticmethod
+    def _swapped(model: nn.Module, config: FitConfig) -> nn.Module:
+        wanted = config.gradient_weight or config.engine != "off"
+        return criteria.swapped(model, config) if wanted else model
 
     def _make_measures(self, classes: int) -> SplitMeasures:
         return CombinedMeasures(classes)

@@ -74,7 +74,7 @@ class Balance(nn.Module):
         Returns:
             by what the regularisers of this step are to be multiplied.
         """
-        norms = torch.stack([_norm(part, parameters) for part in parts])
+        norms = torch.stack([norm_of_gradient(part, parameters) for part in parts])
         cross_entropy, regularizer = mean(norms).tolist()
         old = float(self.scale)
         full = regularizer / (share * old)
@@ -89,7 +89,7 @@ class Balance(nn.Module):
         return new / old
 
 
-def _norm(part: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def norm_of_gradient(part: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """2-norm of the gradient, in float64; ``.grad`` is left alone."""
     found = torch.autograd.grad(part, list(parameters), retain_graph=True, allow_unused=True)
     squares = [g.detach().double().square().sum() for g in found if g is not None]

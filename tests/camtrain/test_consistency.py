@@ -68,7 +68,6 @@ def test_where_training_begins() -> None:
         (("--alpha", "1"), "alpha: recipe 'entropy' does not read it, got 1.0"),
         (("--recipe", "baseline", "--norm", "2"), "norm: recipe 'baseline' does not read it"),
         (("--recipe", "consistency", "--normalize"), "normalize: recipe 'consistency' does not"),
-        (("--recipe", "consistency", "--warmup-epochs", "1"), "warmup_epochs: recipe 'cons"),
         (("--momentum", "1"), "momentum: must be at least 0 and below 1"),
         (("--crop-scale", "0"), "crop_scale: must be above 0"),
         (("--lr-factor", "0"), "lr_factor: must be above 0"),

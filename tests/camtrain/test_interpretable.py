@@ -39,7 +39,10 @@ def test_defaults() -> None:
     ("argv", "message"),
     [
         (("--error", "sigmoid"), "error: recipe 'entropy' does not read it, got 'sigmoid'"),
-        (("--engine", "lean"), "engine: .*or take recipe 'interpretable' or 'combined'"),
+        (
+            ("--recipe", "stanford-dogs", "--data", "digits", "--engine", "lean"),
+            "engine: recipe .stanford-dogs. does not read it",
+        ),
         (("--recipe", "interpretable", "--beta", "1"), "take recipe 'entropy' or 'consistency'"),
         (("--recipe", "interpretable", "--alpha", "1"), "alpha: .*take recipe 'consistency'"),
         (("--recipe", "interpretable", "--every", "0"), "every: must be at least 1, got 0"),
