@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from camtrain import cli, evaluation
+from camtrain import cli, criteria, evaluation
 from camtrain import config as configuration
 from camtrain.config import FitConfig
 from camtrain.data.module import CamtrainData
@@ -165,9 +165,7 @@ def test_without_weights_the_test_data_is_compared_all_the_same(run_on: Tiny) ->
 
 def test_views_hang_on_seed_and_epoch(run_on: Tiny) -> None:
     def drawn(config: FitConfig, *key: int) -> list[list[int]]:
-        module = ConsistencyClassifier(build_model(config, 2), config, 2)
-        boxes, _ = module._views(*key)(8, 64, 64)
-        module.close()
+        boxes, _ = criteria.views(config, *key)(8, 64, 64)
         return boxes.tolist()
 
     config = run_on()
