@@ -113,6 +113,7 @@ def _entropy(folder: Path, runs: Runs, title: str, forms: Forms) -> None:
     forms.figures["A light-weight method ..., Figs. 1 and 2: accuracy, ce, ca, cd"] = CURVES
 
 
+@torch.no_grad()
 def _sample(networks: Mapping[str, Trained]) -> tuple[Tensor, Tensor, str]:
     """The first test picture that every network is right about (or the first): (1, 3, S, S), its
     class (1,), and what it is."""

@@ -157,7 +157,7 @@ class Classifier(pl.LightningModule):
     @property
     def scale(self) -> float:
         """Of the weights, by their balance."""
-        return 1.0 if self.balance is None else float(self.balance.scale)
+        return 1.0 if self.balance is None else self.balance.scale
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         gathered: Tensor = self.all_gather(values)  # type: ignore[assignment]
@@ -303,21 +303,21 @@ class CombinedClassifier(Classifier):
             "consistency.alpha": config.alpha,
             "consistency.beta": config.norm_weight,
         }
-        return {k: v for k, v in weights.items() if k.partition(".")[0] in list(self.criterion)}
+        return {k: v for k, v in weights.items() if k.partition(".")[0] in self.criterion}
 
     def on_train_epoch_start(self) -> None:
         """As each regulariser needs it."""
-        if self.config.gradient_weight:
+        if "gradient" in self.criterion:
             self.criterion["gradient"].calls = self.trainer.global_step
-        if "consistency" in list(self.criterion):
-            self.criterion["consistency"].transform = criteria.views(
-                self.config, self.current_epoch + 1, self.global_rank
-            )
+        self._draw_views(self.current_epoch + 1, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
         """The same crops of the test data in every epoch."""
-        if "consistency" in list(self.criterion):
-            self.criterion["consistency"].transform = criteria.views(self.config, 0)
+        self._draw_views(0)
+
+    def _draw_views(self, *key: int) -> None:
+        if "consistency" in self.criterion:
+            self.criterion["consistency"].transform = criteria.views(self.config, *key)
 
     def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
         measures = self.split(split)

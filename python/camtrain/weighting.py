@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,25 +37,30 @@ class Balance(nn.Module):
 
     with R the weighted regularisers at their full weights. Measured at the first step that has
     one and at every ``every``-th after it, by a backward pass of each; between measurements the
-    scale stands, and a new one is the geometric mean of the old and of what was measured. It
-    travels in the checkpoint.
+    scale stands, and a new one is the geometric mean of the old and of what was measured.
 
     Where either gradient is zero or not finite (dead maps) the scale stays as it was.
     """
 
-    scale: Tensor
-    measured: Tensor
-
     def __init__(self, balance: float, every: int) -> None:
         super().__init__()
         self.balance, self.every = balance, every
-        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("measured", torch.tensor(-1))
+        # numbers and not buffers: reading those at each step would stall a GPU
+        self.scale: float = 1.0
+        self.known = False
+        self.last: int | None = None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What travels in the checkpoint."""
+        return {"scale": self.scale, "known": self.known, "last": self.last}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.scale, self.known, self.last = state["scale"], state["known"], state["last"]
 
     def due(self, step: int) -> bool:
         """Whether ``step`` measures."""
-        measured = int(self.measured)
-        return measured < 0 or step - measured >= self.every
+        return self.last is None or step - self.last >= self.every
 
     def measure(
         self,
@@ -76,17 +82,14 @@ class Balance(nn.Module):
         """
         norms = torch.stack([norm_of_gradient(part, parameters) for part in parts])
         cross_entropy, regularizer = mean(norms).tolist()
-        old = float(self.scale)
+        self.last, old = step, self.scale
         full = regularizer / (share * old)
-        sound = all(math.isfinite(norm) and norm > 0 for norm in (cross_entropy, full))
-        first = int(self.measured) < 0
-        if not sound:
+        if not all(math.isfinite(norm) and norm > 0 for norm in (cross_entropy, full)):
             return 1.0
         wanted = self.balance * cross_entropy / full
-        new = wanted if first else math.sqrt(old * wanted)
-        self.scale.fill_(new)
-        self.measured.fill_(step)
-        return new / old
+        self.scale = math.sqrt(old * wanted) if self.known else wanted
+        self.known = True
+        return self.scale / old
 
 
 def norm_of_gradient(part: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -43,7 +43,9 @@ def made_up() -> list[dict[str, Any]]:
 
 
 def test_ratios_are_taken_within_a_round_and_held_against_targets(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip(
+        "matplotlib", reason="an extra: camkernels[train], which make test installs"
+    )
     result = epochs.result_of(SETTING, made_up(), "the command")
     path = results.write(result, tmp_path)
     ((_, loaded),) = results.load_all(tmp_path)
@@ -75,7 +77,7 @@ def test_a_failed_run_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_quick_run(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="make test installs it")
     assert epochs.main(["--quick", "--data", "digits", "--output", str(tmp_path)]) == 0
     ((path, result),) = results.load_all(tmp_path)
     (case,) = result["cases"].values()

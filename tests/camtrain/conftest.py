@@ -13,6 +13,7 @@ pytest.importorskip("sklearn", reason="the training program's extras are not ins
 
 from camtrain import config as configuration
 from camtrain.config import FitConfig
+from dog_files import DOG_BOXES, TinyDogs
 from picture_files import TinyCUB
 from voc_files import TinyVOC
 
@@ -67,6 +68,27 @@ def run_on(tiny: Callable[..., FitConfig], birds: TinyCUB) -> Callable[..., FitC
         base = {"recipe": "consistency", "data": "cub", "root": str(birds.root),
                 "arch": "smallresnet", "beta": 1e-6, "batch_size": 3, "workers": 0,
                 "insertion_steps": 4}  # fmt: skip
+        return tiny(**{**base, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def kennel(tmp_path: Path) -> TinyDogs:
+    """Objects of several sizes and places."""
+    made = TinyDogs(tmp_path / "dogs")
+    for (name, _), box in zip(made.splits["test"], DOG_BOXES, strict=True):
+        made.annotate(name, box)
+    return made
+
+
+@pytest.fixture
+def on_dogs(tiny: Callable[..., FitConfig], kennel: TinyDogs) -> Callable[..., FitConfig]:
+    """A configuration of the recipe ``stanford-dogs`` on them."""
+
+    def make(**overrides: Any) -> FitConfig:
+        base = {"recipe": "stanford-dogs", "root": str(kennel.root), "arch": "smallresnet",
+                "beta": 0.0, "image_size": 64, "batch_size": 3, "workers": 0}  # fmt: skip
         return tiny(**{**base, **overrides})
 
     return make

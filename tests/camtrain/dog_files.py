@@ -39,6 +39,9 @@ OBJECT = """
 		</bndbox>
 	</object>"""
 
+DOG_BOXES = ((10, 5, 50, 42), (6, 8, 36, 28), (20, 10, 55, 44), (30, 4, 52, 40))
+# Of the four test pictures: several sizes and places.
+
 
 class TinyDogs:
     """Two breeds with labels 1 and 2, three training and two test pictures of each."""

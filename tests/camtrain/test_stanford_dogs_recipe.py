@@ -10,20 +10,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from camtrain import cli, localisation
+from camtrain import cli
 from camtrain.config import FitConfig
 from camtrain.data.module import CamtrainData
-from camtrain.data.whole import SEVERAL, WholePictures
+from camtrain.data.whole import SEVERAL
 from camtrain.errors import CamtrainError
 from camtrain.fit import fit
-from camtrain.models import build_model
 from camtrain.trained import Trained, load_run
-from dog_files import TinyDogs
+from dog_files import DOG_BOXES, TinyDogs
 from picture_files import TinyCaltech
 from PIL import Image
 from scipy import ndimage
@@ -31,36 +29,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from voc_files import TinyVOC
 
-from camkernels import viz
-
 Tiny = Callable[..., FitConfig]
 FILES = ("iou.csv", "iou.md", "iou.png", "layers.png")
 
 
 def parse(*argv: str) -> FitConfig:
     return cli.fit_config(cli.parser().parse_args(["fit", "--recipe", "stanford-dogs", *argv]))
-
-
-@pytest.fixture
-def kennel(tmp_path: Path) -> TinyDogs:
-    """Objects of several sizes and places."""
-    made = TinyDogs(tmp_path / "dogs")
-    for (name, _), box in zip(made.splits["test"], BOXES, strict=True):
-        made.annotate(name, box)
-    return made
-
-
-BOXES = ((10, 5, 50, 42), (6, 8, 36, 28), (20, 10, 55, 44), (30, 4, 52, 40))
-
-
-@pytest.fixture
-def run_on(tiny: Tiny, kennel: TinyDogs) -> Tiny:
-    def make(**overrides: Any) -> FitConfig:
-        base = {"recipe": "stanford-dogs", "root": str(kennel.root), "arch": "smallresnet",
-                "beta": 0.0, "image_size": 64, "batch_size": 3, "workers": 0}  # fmt: skip
-        return tiny(**{**base, **overrides})
-
-    return make
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -121,10 +95,10 @@ def test_mistakes_are_named(argv: tuple[str, ...], message: str) -> None:
 
 
 def test_pictures_without_a_box_are_refused_before_the_training(
-    tmp_path: Path, run_on: Tiny
+    tmp_path: Path, on_dogs: Tiny
 ) -> None:
     objects = TinyCaltech(tmp_path / "objects")
-    config = run_on(data="caltech101", root=str(objects.root))
+    config = on_dogs(data="caltech101", root=str(objects.root))
     with pytest.raises(CamtrainError, match=r"4 of 4 test pictures of caltech101 in .*image_0\d+"):
         fit(config, quiet=True)
     assert not (Path(config.out) / "metrics.csv").exists()
@@ -148,10 +122,10 @@ def normed() -> nn.Module:
 
 
 def test_a_network_without_cam_is_refused_before_the_training(
-    run_on: Tiny, monkeypatch: pytest.MonkeyPatch
+    on_dogs: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
-    config = run_on(arch="mine:normed", layer="2")
+    config = on_dogs(arch="mine:normed", layer="2")
     with pytest.raises(CamtrainError, match=r"arch: recipe 'stanford-dogs' .*no CAM of '2': "):
         fit(config, quiet=True)
     assert not (Path(config.out) / "metrics.csv").exists()
@@ -200,9 +174,9 @@ def in_the_middle(box: tuple[int, ...], size: int) -> tuple[float, ...]:
 
 
 def test_a_run_leaves_the_iou_of_both_methods(
-    run_on: Tiny, kennel: TinyDogs, capsys: pytest.CaptureFixture[str]
+    on_dogs: Tiny, kennel: TinyDogs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = run_on(epochs=2)
+    config = on_dogs(epochs=2)
     run = fit(config)
     folder = Path(config.out)
     assert "IoU of 4 test pictures by CAM and Grad-CAM" in capsys.readouterr().out
@@ -213,7 +187,7 @@ def test_a_run_leaves_the_iou_of_both_methods(
     assert [row["picture"] for row in rows] == names
     trained = load_run(folder, torch.device("cpu"))
     ious: dict[str, list[float]] = {"cam": [], "gradcam": []}
-    for row, box, (name, label) in zip(rows, BOXES, kennel.splits["test"], strict=True):
+    for row, box, (name, label) in zip(rows, DOG_BOXES, kennel.splits["test"], strict=True):
         with Image.open(kennel.root / "Images" / name) as picture:
             square = picture.resize((64, 64), Image.Resampling.BILINEAR, (9, 3, 51, 45))
             pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
@@ -251,8 +225,8 @@ def test_a_run_leaves_the_iou_of_both_methods(
             assert min(picture.size) > 300
 
 
-def test_explain_and_evaluate_take_the_run(run_on: Tiny, kennel: TinyDogs, tmp_path: Path) -> None:
-    config = run_on()
+def test_explain_and_evaluate_take_the_run(on_dogs: Tiny, kennel: TinyDogs, tmp_path: Path) -> None:
+    config = on_dogs()
     fit(config, quiet=True)
     out = tmp_path / "scores"
     assert cli.main(["evaluate", config.out, "--methods", "gradcam", "cam", "--steps", "2",
@@ -269,9 +243,9 @@ def test_explain_and_evaluate_take_the_run(run_on: Tiny, kennel: TinyDogs, tmp_p
     assert (tmp_path / "maps" / f"{picture.stem}_gradcam.png").is_file()
 
 
-def test_a_resumed_run_equals_one_that_was_not_interrupted(run_on: Tiny, tmp_path: Path) -> None:
-    whole = fit(run_on(epochs=2, out=str(tmp_path / "whole")), quiet=True)
-    part = run_on(out=str(tmp_path / "part"))
+def test_a_resumed_run_equals_one_that_was_not_interrupted(on_dogs: Tiny, tmp_path: Path) -> None:
+    whole = fit(on_dogs(epochs=2, out=str(tmp_path / "whole")), quiet=True)
+    part = on_dogs(out=str(tmp_path / "part"))
     fit(part, quiet=True)
     folder = Path(part.out)
     before = (folder / "iou.csv").read_text()
@@ -287,9 +261,9 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(run_on: Tiny, tmp_pat
 
 
 def test_a_full_disk_keeps_the_training(
-    run_on: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    on_dogs: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = run_on()
+    config = on_dogs()
     fit(config, quiet=True)
     synced = os.fsync
 
@@ -307,11 +281,11 @@ def test_a_full_disk_keeps_the_training(
     assert not list(Path(config.out).rglob("*.partial"))
 
 
-def test_pictures_that_cannot_be_scored(run_on: Tiny, kennel: TinyDogs) -> None:
+def test_pictures_that_cannot_be_scored(on_dogs: Tiny, kennel: TinyDogs) -> None:
     """A damaged one is named; one without its object in the middle counts in no mean."""
     kennel.picture("test", 0).write_bytes(b"no picture")
     kennel.annotate(kennel.splits["test"][1][0], (0, 5, 8, 40))  # left of the middle, 9 to 51
-    config = run_on()
+    config = on_dogs()
     run = fit(config, quiet=True)
     rows = rows_of(Path(config.out) / "iou.csv")
     assert [row["picture"] for row in rows] == [name for name, _ in kennel.splits["test"][1:]]
@@ -326,8 +300,8 @@ def test_pictures_that_cannot_be_scored(run_on: Tiny, kennel: TinyDogs) -> None:
     assert fit(config, resume=True, quiet=True).summary["damaged"] == [damaged]
 
 
-def test_the_predicted_class_and_fewer_pictures(run_on: Tiny) -> None:
-    config = run_on(target="predicted", limit_test=2)
+def test_the_predicted_class_and_fewer_pictures(on_dogs: Tiny) -> None:
+    config = on_dogs(target="predicted", limit_test=2)
     run = fit(config, quiet=True)
     assert run.summary["scored_pictures"] == 2
     rows = rows_of(Path(config.out) / "iou.csv")
@@ -337,7 +311,7 @@ def test_the_predicted_class_and_fewer_pictures(run_on: Tiny) -> None:
         images = trained.normalise(data.test[index]["images"][None])
         said = trained.classes.index(row["predicted"])
         maps = by_hand(trained, images, said)["gradcam"]
-        expected = iou_by_hand(maps, in_the_middle(BOXES[place], 64), 64)
+        expected = iou_by_hand(maps, in_the_middle(DOG_BOXES[place], 64), 64)
         assert float(row["gradcam_iou"]) == pytest.approx(expected, abs=1e-4)
 
 
@@ -348,9 +322,9 @@ def test_digits_need_no_download(tiny: Tiny) -> None:
     assert 0 < run.summary["gradcam_iou_mean"] < 1
 
 
-def test_voc_is_scored_on_whole_pictures(run_on: Tiny, voc: TinyVOC) -> None:
+def test_voc_is_scored_on_whole_pictures(on_dogs: Tiny, voc: TinyVOC) -> None:
     voc.split("test", "000001", "000002", "000003")
-    config = run_on(data="voc", root=str(voc.root), sets="2007:trainval", test_sets="2007:test",
+    config = on_dogs(data="voc", root=str(voc.root), sets="2007:trainval", test_sets="2007:test",
                     limit_test=2)  # fmt: skip
     run = fit(config, quiet=True)
     rows = rows_of(Path(config.out) / "iou.csv")
@@ -360,131 +334,3 @@ def test_voc_is_scored_on_whole_pictures(run_on: Tiny, voc: TinyVOC) -> None:
     assert [row["group"] == SEVERAL for row in rows] == [True, True, True, False]
     mean = sum(float(row["cam_iou"]) for row in rows) / 4
     assert run.summary["cam_iou_mean"] == pytest.approx(mean)
-
-
-# -- the figures ---------------------------------------------------------------------------------
-
-
-def test_pictures_are_spread_over_those_that_are_right() -> None:
-    rows = [{"true": "a", "predicted": "a" if i % 2 else "b"} for i in range(40)]
-    assert localisation._chosen(rows) == [1, 7, 13, 21, 27, 33]
-    rows = [{"true": "a", "predicted": "a" if i == 5 else "b"} for i in range(7)]
-    assert localisation._chosen(rows) == [5, 0, 1, 2, 3, 4]
-    assert localisation._chosen(rows[:2]) == [0, 1]
-
-
-class Shared(nn.Module):
-    """Registered in another order than it runs, with a convolution that runs twice, one whose
-    output is a single pixel, and activations in place behind convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.late = nn.Conv2d(8, 8, 3, padding=1)
-        self.early = nn.Conv2d(3, 8, 3, padding=1)
-        self.twice = nn.Conv2d(8, 8, 1)
-        self.gate = nn.Conv2d(8, 8, 1)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.early(x))
-        x = x * self.gate(self.pool(x)).sigmoid()
-        x = self.relu(self.late(self.twice(self.twice(x))))
-        logits: Tensor = self.fc(self.pool(x).flatten(1))
-        return logits
-
-
-def test_layers_are_the_last_convolutions_in_the_order_they_run_in() -> None:
-    torch.manual_seed(0)
-    model = Shared().eval()
-    images = torch.rand(2, 3, 16, 16)
-    assert localisation.last_convolutions(model, images) == ["early", "late"]
-    deep = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(9)))
-    names = localisation.last_convolutions(deep, images)
-    assert names == ["3", "4", "5", "6", "7", "8"]
-    assert not any(m._forward_hooks for m in model.modules())
-    found = localisation._layer_maps(
-        Trained("run", model, "late", 16, ("a", "b")), images, torch.tensor([0, 1])
-    )
-    assert model.relu.inplace
-    kept: list[Tensor] = []
-    handle = model.late.register_forward_hook(lambda *passed: kept.append(passed[2].clone()))
-    model(images)
-    handle.remove()
-    # d logit / d late = w / (16 x 16) where the ReLU passes
-    (after,) = kept
-    gradient = model.fc.weight[:, :, None, None] * (after > 0) / 256
-    maps = (gradient.mean((2, 3), keepdim=True) * after).sum(1).relu()
-    torch.testing.assert_close(found["late"], maps.detach())
-
-
-def test_a_figure_has_the_heatmaps_and_the_boxes(
-    run_on: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = run_on()
-    data = CamtrainData(config)
-    torch.manual_seed(0)
-    model = build_model(config, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr("camtrain.data.whole.CamtrainData", None)  # nothing is read twice
-        found = localisation.evaluate(model, "layer3", data, config, lambda line: None)
-    assert model.training
-    assert [one.shape for one in found.shown.layers.values()] == [
-        (4, 16, 16), (4, 16, 16), (4, 16, 16), (4, 8, 8), (4, 8, 8), (4, 8, 8),
-    ]  # fmt: skip
-    figure = localisation.compared(found.shown, "title")
-    cells = figure.axes[: 4 * 5]
-    assert [axis.get_title() for axis in cells[:5]] == [
-        "input", "CAM", "Grad-CAM", "CAM", "Grad-CAM",
-    ]  # fmt: skip
-    for row, line in zip(found.shown.rows, np.array(cells).reshape(4, 5), strict=True):
-        assert [axis.get_xlabel() for axis in line] == [
-            f"says {row['predicted']}", "", "", f"IoU {row['cam_iou']:.2f}",
-            f"IoU {row['gradcam_iou']:.2f}",
-        ]  # fmt: skip
-    shown = np.asarray(cells[2].images[0].get_array())
-    assert np.array_equal(shown, viz.overlay(found.shown.images, found.shown.maps["gradcam"],
-                                             alpha=1.0)[0].numpy())  # fmt: skip
-    whole = WholePictures(config)
-    for i, row in enumerate(found.shown.rows):
-        index = [whole.name(k) for k in range(4)].index(row["picture"])
-        assert torch.equal(whole[index]["images"], found.shown.images[i])
-        assert torch.equal(whole[index]["boxes"], found.shown.boxes[i])
-
-
-def test_no_picture_that_can_be_read(run_on: Tiny, kennel: TinyDogs) -> None:
-    for index in range(4):
-        kennel.picture("test", index).write_bytes(b"no picture")
-    config = run_on()
-    data = CamtrainData(config)
-    model = build_model(config, 2)
-    localisation.check(config, data, model)  # there is none to try it on
-    with pytest.raises(CamtrainError, match=r"no test picture could be read \(4 are damaged\)"):
-        localisation.evaluate(model, "layer3", data, config, lambda line: None)
-    assert model.training
-
-
-def test_the_summary_keeps_what_is_right_apart() -> None:
-    values = ((0.8, 0.6, "a"), (float("nan"), 0.2, "a"), (0.1, 0.4, "b"))
-    rows = [{"true": "a", "predicted": says, "cam_iou": one, "gradcam_iou": other}
-            for one, other, says in values]  # fmt: skip
-    table = [{"run": "run", "method": method, "pictures": group, "MaxBoxAccV2 %": None,
-              "pointing %": points, "energy %": 50.0}
-             for method in ("cam", "gradcam")
-             for group, points in (("all", 40.0), ("one object", 90.0))]  # fmt: skip
-    nothing = localisation.Shown(torch.empty(0), [], [], {}, {})
-    found = localisation.Localisation([], rows, nothing, [])
-    told = localisation.summary(found, table)
-    assert told["cam_iou_mean"] == pytest.approx(0.45)
-    assert (told["cam_iou_right_mean"], told["cam_iou_undefined"]) == (0.8, 1)
-    assert told["gradcam_iou_mean"] == pytest.approx(0.4)
-    assert told["gradcam_iou_right_mean"] == pytest.approx(0.4)
-    assert told["scored_accuracy"] == pytest.approx(2 / 3)
-    assert (told["cam_pointing"], told["cam_max_box_acc"]) == (0.4, None)
-    report = localisation.markdown(found, table, "title")
-    assert "- CAM: mean IoU 0.450, over pictures classified right 0.800\n" in report
-    assert "the same IoU" not in report
-    assert "layers.png" not in report
-    wrong = localisation.Localisation([], rows[2:], nothing, [])
-    assert localisation.summary(wrong, table)["cam_iou_right_mean"] is None

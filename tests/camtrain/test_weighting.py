@@ -94,21 +94,31 @@ def test_balance_measures_norms() -> None:
 
     def measure(slope: float, step: int, share: float = 1.0) -> float:
         cross_entropy = weight.square().sum() / 2  # gradient of norm 5
-        regularizer = slope * share * float(balance.scale) * weight.sum() / math.sqrt(2)
+        regularizer = slope * share * balance.scale * weight.sum() / math.sqrt(2)
         return balance.measure(
             (cross_entropy, regularizer), [weight, unused], share, step, lambda norms: norms
         )
 
     assert measure(0.1, 0) == pytest.approx(25)
-    assert float(balance.scale) == pytest.approx(25)
+    assert balance.scale == pytest.approx(25)
     assert not balance.due(9)
     assert balance.due(10)
     # half way up the ramp the scale is that of full weights; a new one is a geometric mean
     assert measure(0.4, 10, share=0.5) == pytest.approx(0.5)
-    assert float(balance.scale) == pytest.approx(12.5)
+    assert balance.scale == pytest.approx(12.5)
     for bad in (0.0, math.inf, math.nan):
         assert measure(bad, 20) == 1.0
-        assert float(balance.scale) == pytest.approx(12.5)
+        assert balance.scale == pytest.approx(12.5)
+        assert not balance.due(29)  # dead maps are not measured at every step
+    again = Balance(0.5, every=10)
+    again.load_state_dict(balance.state_dict())
+    assert (again.scale, again.known, again.last) == (balance.scale, True, 20)
+    # what could not be measured at first is no value to take a mean with
+    first = Balance(0.5, every=10)
+    nothing = (weight.square().sum() / 2, 0.0 * weight.sum())
+    assert first.measure(nothing, [weight], 1.0, 0, lambda norms: norms) == 1.0
+    sound = (weight.square().sum() / 2, 0.1 * weight.sum() / math.sqrt(2))
+    assert first.measure(sound, [weight], 1.0, 10, lambda norms: norms) == pytest.approx(25)
     assert weight.grad is None
 
 

@@ -34,12 +34,13 @@ TRAINERS = {
 }
 """Folder of an example -> what it imports beside torch and Pillow."""
 SIDE = 32
+HEAVY = "transformers is 129 MB, which make test does not install"
 
 
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small ResNet of transformers, with random weights, in a folder."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason=HEAVY)
     torch.manual_seed(0)
     config = transformers.ResNetConfig(
         embedding_size=4,
@@ -55,7 +56,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def script(trainer: str, name: str) -> Any:
     for package in TRAINERS[trainer]:
-        pytest.importorskip(package)
+        pytest.importorskip(package, reason=HEAVY if package == "transformers" else None)
     return importlib.import_module(f"examples.{trainer}.{name}")
 
 

@@ -63,6 +63,21 @@ def cam_criterion(name: str, model: nn.Module, part: slice) -> nn.Module:
 
 
 CAM_CRITERIA = ("entropy", "consistency", "combined")
+# Under static_graph: criteria with a closed-form head around the wrapper, and any inside of it.
+STATIC = {"entropy": "entropy", "consistency": "consistency", "inside": "combined"}
+
+
+class Inside(nn.Module):
+    """As a Lightning module under DistributedDataParallel: it returns the loss."""
+
+    def __init__(self, model: nn.Module, part: slice) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = [cam_criterion("combined", model, part)]
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.criterion[0](self.model(images), targets)
+        return loss
 
 
 def main(rank: int, world: int, folder: str) -> None:
@@ -81,12 +96,26 @@ def main(rank: int, world: int, folder: str) -> None:
             ck.swap_in(nn.SyncBatchNorm.convert_sync_batchnorm(model))
             train(wrapped, images, targets, error=error, inner_reduction=inner)
             found.append([p.grad for p in model.parameters()])
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for name in CAM_CRITERIA:
         model = network()
         wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         ck.swap_in(nn.SyncBatchNorm.convert_sync_batchnorm(model))
-        criterion = cam_criterion(name, wrapped, slice(rank * 8 // world, (rank + 1) * 8 // world))
+        criterion = cam_criterion(name, wrapped, part)
         criterion(wrapped(images), targets).backward()
+        found.append([p.grad for p in model.parameters()])
+    for name in STATIC:
+        model = network()
+        inside = Inside(model, part) if name == "inside" else model
+        wrapped = nn.parallel.DistributedDataParallel(
+            inside, broadcast_buffers=False, static_graph=True
+        )
+        ck.swap_in(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        if name == "inside":
+            wrapped(images, targets).backward()
+        else:
+            criterion = cam_criterion(name, wrapped, part)
+            criterion(wrapped(images), targets).backward()
         found.append([p.grad for p in model.parameters()])
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")

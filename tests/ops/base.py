@@ -24,7 +24,6 @@ from ops.oracle import (
     derivatives,
     gradcheck_twice,
     identical,
-    lay_out,
     storages,
 )
 from torch import Tensor
@@ -396,7 +395,3 @@ class OpTests:
     def check_wanted(self, case: Case, arguments: tuple[Any, ...], result: Any) -> None:
         """Arguments and result of the one backward kernel that ran."""
         raise NotImplementedError
-
-
-def rounded(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
-    return lay_out(values.to(dtype), layout)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from ops.base import Request, rounded
+from ops.base import Request
+from ops.oracle import rounded
 from torch import Tensor
 
 from camkernels.ops.cam import reference as cam_reference

@@ -324,6 +324,11 @@ def storages(tensors: Sequence[Any]) -> dict[int, int]:
     return found
 
 
+def rounded(values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
+    """Values as a test gives them to an op."""
+    return lay_out(values.to(dtype), layout)
+
+
 def gradcheck_twice(function: Any, leaves: Sequence[Tensor]) -> None:
     """First and second order against differences: along random directions, which costs as many
     calls as there are leaves; by the thorough profile entry by entry."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from ops.base import OpTests, Request, device_of, every_backend, rounded
-from ops.oracle import Case
+from ops.base import OpTests, Request, device_of, every_backend
+from ops.oracle import Case, rounded
 from torch import Tensor
 
 import camkernels as ck

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.base import OpTests, Request, device_of, every_backend, has_double, rounded
-from ops.oracle import Case
+from ops.base import OpTests, Request, device_of, every_backend, has_double
+from ops.oracle import Case, rounded
 from torch import Tensor
 
 import camkernels as ck
