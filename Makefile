@@ -14,7 +14,7 @@ ifdef CI
 export CAMKERNELS_CUDA_ARCHS ?= 80;90;120
 endif
 
-.PHONY: demo test test-slow lint format types doctor bench clean
+.PHONY: demo test test-slow lint format types doctor bench docs clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,20 @@ test-slow: $(VENV)/.tests
 
 bench: $(VENV)/.tests
 	$(PY) -m benchmarks run all --device cpu
+
+# The site, into build/docs. It is made of the source, which is not imported.
+$(VENV)/.docs: $(STAMP)
+	$(PY) -m pip install -qq --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet
+
+# In a Python with a CUDA build of torch, set up already: nothing is installed but the kernels, no
+# network is needed. Goes on where it was; ARGS="--list", "--stage bench-", "--budget 540".
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info camkernels/*.so
