@@ -81,6 +81,7 @@ docs: $(VENV)/.docs
 
 # In a Python with a CUDA build of torch, set up already: nothing is installed but the kernels, no
 # network is needed. Goes on where it was; ARGS="--list", "--stage bench-", "--budget 540".
+.PHONY: gpu
 GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

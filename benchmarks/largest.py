@@ -1,4 +1,4 @@
-"""The largest batch of ResNet-50 that really trains within a memory: ``python -m benchmarks.largest``.
+"""The largest batch of ResNet-50 that really trains within a memory.
 
     python -m benchmarks.largest --gigabytes 11 [--side NAME ...] [--output FOLDER]
 

@@ -120,7 +120,8 @@ def test_what_a_stage_leaves_running_is_ended(runner: Runner, tmp_path: Path) ->
     pid = tmp_path / "pid"
     child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = (
-        f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}]);"
+        f"import os, subprocess, sys, time\nwords = [sys.executable, '-S', '-c', {child!r}]"
+        "\nsubprocess.Popen(words)"
         f"\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.02)\ntime.sleep(0.1)"
     )
     assert runner.run([Stage("untidy", "", python(code))]) == 0

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 import camkernels as ck
 
 CLASSES = 5
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device is available"
-)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available")
 ON_GPU = [pytest.mark.gpu, needs_cuda]
 every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,18 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton_calls import CAM, Case, call, cases  # beside this file, which runs as a script
+from triton_calls import CAM, TABLES, Case, call, cases  # beside this file, which runs as a script
 
 import camkernels.ops
 from camkernels.ops import _triton_launch as host
 
 # 16 bytes: four words, two double words.
 WIDE = r"\b{}\.global[\w.:]*\.(?:v4\.\w32|v2\.\w64)"
+ACCESS = r"\b{}\.global[\w.:]*?(?:\.v([248]))?\.[bfsu](8|16|32|64|128)\b"
+# A load straight to shared memory, its bytes last.
+ASYNCHRONOUS = (
+    r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* *\[[^]]*\], *\[[^]]*\], *(0x[0-9a-f]+|\d+)"
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -96,6 +102,29 @@ def inspect(asm: Any, listing: bool) -> dict[str, int]:
     }
 
 
+def widths(ptx: str, kind: str) -> dict[str, int]:
+    """How many global loads (``ld``) or stores (``st``) of so many bytes there are."""
+    found = re.findall(ACCESS.format(kind), ptx)
+    sizes = [int(vector or 1) * int(bits) // 8 for vector, bits in found]
+    if kind == "ld":
+        sizes += [int(size, 0) for size in re.findall(ASYNCHRONOUS, ptx)]
+    return {str(size): count for size, count in sorted(Counter(sizes).items(), reverse=True)}
+
+
+def variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
+    """What sets one call of a kernel apart from another, besides its case."""
+    missing = [n for n, a in zip(kernel.arg_names, args, strict=False) if a is None]
+    flags = {k: v for k, v in constants.items() if isinstance(v, (bool, int, float, str))}
+    return {"constants": flags, "missing": missing}
+
+
+def reason_of(error: Exception) -> str:
+    """The line of a compiler's message that says what is wrong."""
+    lines = [line.strip() for line in f"{error}".splitlines() if line.strip()]
+    telling = [li for li in lines if re.search(r"error|not supported|requires|fatal", li, re.I)]
+    return f"{type(error).__name__}: {(telling or lines or ['no message'])[0]}"[:300]
+
+
 def main(capability: int, group: str) -> None:
     driver.set_active(AbsentGPU(capability))  # type: ignore[arg-type]
     seen: dict[str, dict[str, Any]] = {}
@@ -103,15 +132,28 @@ def main(capability: int, group: str) -> None:
     extra = {"maxnreg": 32} if group == "spill" else {}
 
     def compile_only(kernel: Any, grid: Any, like: Tensor, *args: Any, **constants: Any) -> None:
-        compiled = kernel.run(*args, grid=grid, warmup=True, **{**constants, **extra})
+        about = {
+            "kernel": kernel.__name__,
+            "case": running[0]._asdict(),
+            "capability": capability,
+            "split": bool(constants.get("SPLIT")),
+            **variant(kernel, args, constants),
+        }
+        try:
+            compiled = kernel.run(*args, grid=grid, warmup=True, **{**constants, **extra})
+        except Exception as error:  # a compiler's: of Triton's, LLVM's or ptxas' own classes
+            if group not in TABLES:
+                raise
+            seen[json.dumps(about)] = {**about, "error": reason_of(error)}
+            return
         if compiled.hash not in seen:
             seen[compiled.hash] = {
-                "kernel": kernel.__name__,
-                "case": running[0]._asdict(),
-                "capability": capability,
-                "split": bool(constants.get("SPLIT")),
+                **about,
                 "shared_bytes": compiled.metadata.shared,
-                **inspect(compiled.asm, listing=group != "default"),
+                "warps": compiled.metadata.num_warps,
+                "load_widths": widths(compiled.asm["ptx"], "ld"),
+                "store_widths": widths(compiled.asm["ptx"], "st"),
+                **inspect(compiled.asm, listing=group in ("slow", "spill")),
             }
 
     host.launch = compile_only
@@ -119,7 +161,8 @@ def main(capability: int, group: str) -> None:
     for case in [Case("cam", *CAM[0])] if group == "spill" else cases(group, capability):
         running[:] = [case]
         call(case)
-    json.dump({"kernels": kernels(), "compiled": list(seen.values())}, sys.stdout)
+    found = {"kernels": kernels(), "compiled": list(seen.values()), "triton": triton.__version__}
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ FEWEST_SIMILARITY = (0, 3, 6, 12, 14, 16)
 
 # Compiled in full by default; of the others what takes the most registers, and every kernel.
 MAIN = 90
+# Groups of benchmarks/kernels.py.
+TABLES = ("table", "few")
 
 
 def default_cases(few: bool) -> Iterator[Case]:
@@ -123,8 +125,13 @@ def default_cases(few: bool) -> Iterator[Case]:
 
 
 def cases(group: str, capability: int = MAIN) -> Iterator[Case]:
-    if group == "default":
-        yield from default_cases(few=capability != MAIN)
+    if group in ("default", "table"):
+        yield from default_cases(few=group == "default" and capability != MAIN)
+        return
+    if group == "few":  # quick to compile: elementwise, sums, and a kernel of the maps
+        yield Case("relu", (64, 64, 56, 56), "bfloat16")
+        yield Case("batch_norm_relu", *NETWORK[1])
+        yield MAPS[0]
         return
     yield from MAPS
     shapes = (SPLIT, WHOLE, (20, 2048, 6, 6), (600, 30, 7, 7), (1, 3, 224, 224), (2, 1, 1, 1))
