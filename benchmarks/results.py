@@ -63,9 +63,9 @@ def rounded(value: Any) -> Any:
 
 
 def load_all(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """All results below a folder, sorted by path."""
+    """All results below a folder, sorted by path; the table of kernels is none."""
     out = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(p for p in folder.rglob("*.json") if p.name != "kernels.json"):
         result = json.loads(path.read_text())
         validate(result)
         out.append((path, result))

@@ -25,7 +25,14 @@ from benchmarks import loops
 from benchmarks.harness import Benchmark, Case, Options, Side, relative_error, require_agreement
 from benchmarks.members import _steps
 from benchmarks.members._steps import Maker
-from benchmarks.members.step_interpretable import BATCH, PLAIN, WEIGHT, Setting, _under
+from benchmarks.members.step_interpretable import (
+    BATCH,
+    GPU_BATCH,
+    PLAIN,
+    WEIGHT,
+    Setting,
+    _under,
+)
 
 BETA = 1.0
 
@@ -62,6 +69,14 @@ WORKS = (
     Work(_NCHW, ("fast", "lean", "eager"), layer="layer3"),
     Work(_NCHW, ("fast", "lean", "eager"), layer="layer2"),
     Work(Setting("resnet18", "float32", "nchw"), ("fast", "lean", "eager")),
+)
+
+
+# On a GPU only; what benchmarks/results/roofline.md predicts.
+_LOWERED = Setting("resnet50", "bfloat16 autocast", "channels_last")
+GPU_WORKS = (
+    Work(_LOWERED, ("fast", "lean", "fast_ce", "eager"), size=GPU_BATCH),
+    Work(_LOWERED, ("fast", "lean", "eager"), layer="layer4", size=GPU_BATCH),
 )
 
 
@@ -168,7 +183,8 @@ def _case(work: Work, options: Options) -> Case:
 def _cases(options: Options, precision: str) -> list[Case]:
     if options.dtype != "float32":
         raise ValueError("step_engine: precision belongs to the member, not to --dtype")
-    return [_case(work, options) for work in WORKS if work.setting.precision == precision]
+    works = WORKS + (GPU_WORKS if options.device == "cuda" else ())
+    return [_case(work, options) for work in works if work.setting.precision == precision]
 
 
 BENCHMARK = Benchmark(

@@ -1,0 +1,108 @@
+"""Launches of the criteria, counted without a GPU: ours to the number, PyTorch's to a ceiling."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import camkernels as ck
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from benchmarks import launches
+from camkernels.ops import _chain
+
+
+def network() -> nn.Module:
+    layers = OrderedDict(
+        conv=nn.Conv2d(3, 16, 3, padding=1, bias=False), bn=nn.BatchNorm2d(16), features=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, 10),
+    )  # fmt: skip
+    return nn.Sequential(layers).to("meta")
+
+
+def counted(
+    criterion: Callable[[nn.Module], Any], swap: Callable[[nn.Module], nn.Module] | None = None
+) -> tuple[dict[str, int], int]:
+    """Own launches by kernel, and operators, of a step over those of cross-entropy."""
+
+    def one(make: Callable[[nn.Module], Any]) -> launches.Counts:
+        model = network() if swap is None else swap(network())
+        loss = make(model)
+        step = launches.step_of(
+            model, lambda x, y: loss(model(x), y), *launches.batch(size=32, classes=10)
+        )
+        return launches.count(step)
+
+    found, base = one(criterion), one(launches.plain)
+    return dict(found.own - base.own), found.over(base)[1]
+
+
+# What a criterion adds: our kernels, and at most so many operators of PyTorch.
+CASES: dict[str, tuple[Callable[[nn.Module], Any], dict[str, int], int]] = {
+    "entropy": (
+        lambda m: ck.CAMEntropyLoss(m, "features", beta=0.1),
+        {"cam_statistics_fwd_kernel": 1, "cam_statistics_bwd_kernel": 1},
+        50,
+    ),
+    "consistency": (
+        lambda m: ck.CAMConsistencyLoss(m, "features", beta=1e-3),
+        {},
+        200,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_what_a_criterion_launches(name: str) -> None:
+    criterion, own, most = CASES[name]
+    found, operators = counted(criterion)
+    assert found == own
+    assert operators <= most, f"{operators} operators"
+    assert operators > most // 3, "far below the ceiling: lower it"
+
+
+def test_known_counts() -> None:
+    """Views and allocations are no launches, everything else is one; ours are counted apart."""
+    x = torch.rand(4, 3, 6, 6, device="meta", requires_grad=True)
+    from camkernels.nn.functional import relu
+
+    def step() -> None:
+        v = relu(x, save="mask")
+        (v.view(-1)[:7] * 2 + 1).sum()  # a product, a sum with a number, a sum
+        torch.empty_like(x).detach()
+        torch.autograd.grad(v, x, torch.ones_like(x))
+
+    before = _chain.implementation
+    found = launches.count(step)
+    assert _chain.implementation is before
+    assert found.own == {"relu_fwd_kernel": 1, "relu_bwd_kernel": 1}
+    assert found.aten == {"mul": 1, "add": 1, "sum": 1, "ones_like": 1}
+
+
+def test_what_reads_a_number_back_is_not_counted_but_raises() -> None:
+    x = torch.rand(3, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        launches.count(lambda: float(x.sum()))
+
+
+def test_the_guard_of_a_closed_form_is_counted() -> None:
+    """It is left out on the meta device, but not on a GPU."""
+
+    def operators(head: str) -> Tensor:
+        model = network()
+        loss = ck.CAMEntropyLoss(model, "features", beta=0.1, head=head)
+        step = launches.step_of(
+            model, lambda x, y: loss(model(x), y), *launches.batch(size=32, classes=10)
+        )
+        return launches.count(step).aten
+
+    assert operators("closed_form")["nan_to_num"] == 1
+    assert operators("autograd")["nan_to_num"] == 0
