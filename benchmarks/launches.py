@@ -82,7 +82,7 @@ class _NotMeta(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.is_meta.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
             return False
         return func(*args, **(kwargs or {}))
 
@@ -240,6 +240,17 @@ def all_counts() -> dict[tuple[str, str], Counts]:
     return found
 
 
+def _extra(own: Counter[str], base: Counter[str]) -> Iterator[str]:
+    """Kernels that are launched more or less often."""
+    for name in sorted({*own, *base}):
+        more = own[name] - base[name]
+        if more:
+            short = name.removesuffix("_kernel")
+            yield (
+                short if more == 1 else f"{short} x{more}" if more > 1 else f"{short} less {-more}"
+            )
+
+
 def table(found: dict[tuple[str, str], Counts]) -> str:
     """Markdown."""
     rows = [
@@ -256,11 +267,7 @@ def table(found: dict[tuple[str, str], Counts]) -> str:
     for (network, criterion), counts in found.items():
         base = found[network, "cross-entropy"]
         own, aten = counts.over(base)
-        extra = counts.own - base.own
-        names = ", ".join(
-            f"{name.removesuffix('_kernel')}{f' x{n}' if n > 1 else ''}"
-            for name, n in sorted(extra.items())
-        )
+        names = ", ".join(_extra(counts.own, base.own))
         over = ["", ""] if criterion == "cross-entropy" else [f"{own:+d}", f"{aten:+d}"]
         cells = [network, criterion, str(counts.own.total()), str(counts.aten.total()), *over]
         rows.append(f"| {' | '.join(cells)} | {names if criterion != 'cross-entropy' else ''} |")
