@@ -58,7 +58,7 @@ CUDA_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,relu cam map_statistic
 # Processes that share the tests, a thread each: threads that wait for a core cost more than they do.
 # Tests of threads ask for them, and wait without spinning.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=60 --durations-min=2
 # The interpreter is chosen when Triton is imported, hence a process of its own.
 test: lint types
 	CAMKERNELS_REQUIRE=cpu $(PYTEST) tests -m "not slow and not gpu"
