@@ -11,8 +11,8 @@ Counted without a GPU, of a ResNet-50 at 64 x 3 x 224 x 224 in bfloat16, channel
 - everything else: passes over memory per BatchNorm element (benchmarks/passes.py, which counts them
   at a small size on the CPU), times the BatchNorm elements of this step, over the bandwidth.
 
-Left out: launches, allocations, the optimiser's step, what overlaps; tensors that a step in bfloat16
-keeps in float32 all the same are counted as if they were not. Rates are a datasheet's (the
+Left out: launches, allocations, the optimiser's step, what overlaps; what a step in bfloat16
+keeps in float32 all the same is counted as if it did not. Rates are a datasheet's (the
 floor) or shares of it. A figure from here is a lead for what to look at, no claim.
 """
 
