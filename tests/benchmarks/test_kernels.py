@@ -69,6 +69,7 @@ def test_occupancies_are_those_of_cudas_own_header(tmp_path: Path) -> None:
     assert [(a, f, e) for a, f, e in zip(asked, found, expected, strict=True) if f != e] == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_shared_memory_of_cuda_kernels_is_that_of_the_sources(tmp_path: Path) -> None:
     per_file = {

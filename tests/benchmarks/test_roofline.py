@@ -53,6 +53,7 @@ def test_products_of_a_step() -> None:
     assert roofline.norm_elements(make, 2, 6) == z
 
 
+@pytest.mark.slow
 def test_a_plain_step_of_resnet18_is_three_passes_over_its_convolutions() -> None:
     pytest.importorskip("torchvision")
     found = roofline.count("resnet18", 2, 64, (5, 32), {PLAIN: loops.plain})
