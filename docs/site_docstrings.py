@@ -52,7 +52,7 @@ def reference(name: str) -> str:
     """A link to the page where ``name`` stands; else its name."""
     short = name.rpartition(".")[2]
     target = on_pages().get(name) or on_pages().get(short)
-    return f"`{short}`" if target is None else f"[`{short}`][{target}]"
+    return f"`{name}`" if target is None else f"[`{short}`][{target}]"
 
 
 @cache
