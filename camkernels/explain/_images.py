@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from camkernels import consistency as C
 from camkernels.explain._memory import Budget, images_within
-from camkernels.explain._run import Logits, Targets, check_images, evaluating, in_batches
+from camkernels.explain._run import Logits, Targets, check_images, in_batches, own_forwards
+from camkernels.taps.uncompiled import uncompiled
 
 Fusion = str | Callable[[Tensor], Tensor] | None
 """``"mean"``, ``"max"``, or a callable from maps (L, B, h, w) of L layers to (B, h, w)."""
@@ -62,6 +63,7 @@ class ImageMaps(ABC):
     fusion: Fusion = None
     _usual_batch: int | None = None
 
+    @uncompiled
     def explain(
         self,
         images: Tensor,
@@ -106,7 +108,7 @@ class ImageMaps(ABC):
             # memory_budget is said to raise where one image does not fit: measured always
             batch_size = self._within(memory_budget, images, targets, logits)
         found: list[list[Tensor]] = []
-        with evaluating(self.model), torch.inference_mode(False), torch.no_grad():
+        with own_forwards(self.model), torch.inference_mode(False), torch.no_grad():
             try:
                 for part, classes in in_batches(images, targets, self._images_at_once(batch_size)):
                     maps = self._explain(part, classes, logits, batch_size or self._usual_batch)
@@ -126,7 +128,7 @@ class ImageMaps(ABC):
             return None
         (one, first), *_ = in_batches(images, targets, 1)
         try:
-            with evaluating(self.model), torch.inference_mode(False), torch.no_grad():
+            with own_forwards(self.model), torch.inference_mode(False), torch.no_grad():
                 return images_within(budget, lambda: self._explain(one, first, logits, 1))
         finally:
             self._forget()

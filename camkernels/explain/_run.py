@@ -31,6 +31,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def own_forwards(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which compiled parts of the model run as they are written: a region that
+    was compiled before knows nothing of our hooks, and its ReLUs cannot be guided."""
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def check_images(images: object) -> Tensor:
     """Raise unless ``images`` is a floating-point tensor (B, C, H, W)."""
     if not isinstance(images, Tensor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels import consistency as C
-from camkernels.explain._run import check_images, evaluating
+from camkernels.explain._run import check_images, own_forwards
 from camkernels.explain.grad_cam import GradCAM
 from camkernels.taps.modules import LayerLike
 
@@ -54,7 +54,7 @@ def consistency_scores(
         raise ValueError(f"normalize: expected 'minmax' or 'none', got {normalize!r}")
     source = (images.shape[2], images.shape[3])
     size = source if size is None else size
-    with evaluating(model), torch.no_grad(), GradCAM(model, layer, relu=relu) as cam:
+    with own_forwards(model), torch.no_grad(), GradCAM(model, layer, relu=relu) as cam:
         views = C.warp(images, boxes, flips, size)
         logits = model(images)
         classes = logits.argmax(1) if targets is None else targets

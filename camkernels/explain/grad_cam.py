@@ -14,6 +14,7 @@ from camkernels.taps.evaluate import Evaluation, Evaluator, ReshapeTransform
 from camkernels.taps.modules import LayerLike
 from camkernels.taps.tap import Tap
 from camkernels.taps.targets import check_logits, class_indices
+from camkernels.taps.uncompiled import uncompiled
 
 
 class GradCAM(ImageMaps):
@@ -105,6 +106,7 @@ class GradCAM(ImageMaps):
         statistics = [evaluation.statistics for evaluation in found]
         return statistics[0] if self._single else statistics
 
+    @uncompiled
     def _evaluations(self, logits: Tensor, targets: Targets) -> list[Evaluation]:
         check_logits(logits)
         if isinstance(targets, Tensor):

@@ -16,16 +16,17 @@ from camkernels.explain._run import (
     Targets,
     check_images,
     chosen,
-    evaluating,
     in_batches,
     logits_of,
     make_scores,
+    own_forwards,
     scores,
 )
 from camkernels.explain.grad_cam import GradCAM
 from camkernels.nn._guided import GuidedReLUs, has_guidable
 from camkernels.taps.evaluate import ReshapeTransform
 from camkernels.taps.modules import LayerLike, unwrap
+from camkernels.taps.uncompiled import uncompiled
 
 
 class InputGradient:
@@ -66,6 +67,7 @@ class InputGradient:
         self.memory_budget = memory_budget if memory_budget is None else bytes_of(memory_budget)
         self._logits = logits
 
+    @uncompiled
     def __call__(self, images: Tensor, targets: Targets = None) -> Tensor:
         """Gradients of one score per image.
 
@@ -82,7 +84,7 @@ class InputGradient:
         """
         check_images(images)
         found = []
-        with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
+        with own_forwards(self.model), torch.inference_mode(False), torch.enable_grad():
             for part, classes in in_batches(images, targets, self._batch(images, targets)):
                 found.append(self._gradients(part, classes))
         return torch.cat(found)
@@ -214,6 +216,7 @@ class SmoothGrad:
         self.explainer = explainer
         self.samples, self.noise, self.seed = samples, noise, seed
 
+    @uncompiled
     def __call__(self, images: Tensor, targets: Targets = None) -> Tensor:
         """As the explainer's call; the mean is taken in float32 (float64 for float64)."""
         check_images(images)
@@ -228,7 +231,7 @@ class SmoothGrad:
     def _predicted(self, images: Tensor) -> Tensor:
         explainer = self.explainer
         found = []
-        with evaluating(explainer.model), torch.no_grad():
+        with own_forwards(explainer.model), torch.no_grad():
             for part, _ in in_batches(images, None, explainer._batch(images, None)):
                 logits = logits_of(explainer.model(part), explainer._logits)
                 found.append(logits.argmax(1))

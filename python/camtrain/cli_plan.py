@@ -120,12 +120,20 @@ def _lines(
         lines += ["", f"with engine {taken.engine}:"]
         lines += [f"  {_option(option)}" for option in table.options]
         if wanted is not None and wanted > taken.largest:
-            parts = -(-wanted // taken.largest)
-            lines.append(
-                f"  --batch-size {wanted} does not fit; it would in {parts} accumulated batches"
-            )
+            lines.append(f"  {_in_parts(wanted, table)}")
         lines += ["", f"take: {_recommended(command, taken)}"]
     return lines
+
+
+def _in_parts(wanted: int, table: Table) -> str:
+    """How a batch that does not fit can be trained."""
+    offers = (o.largest for o in table.options if o.name.startswith("--accumulate"))
+    most = next(filter(None, offers), None)
+    text = f"--batch-size {wanted} does not fit"
+    if most is None:
+        return text
+    parts = -(-wanted // most)
+    return f"{text}; --batch-size {-(-wanted // parts)} --accumulate {parts} takes as many samples"
 
 
 def _rows(table: Table) -> list[str]:

@@ -109,6 +109,7 @@ class FitConfig:
 
     epochs: int = 10
     batch_size: int = 50
+    accumulate: int = 1
     vram: float | None = None
     optimizer: str = "adam"
     lr: float = 1e-3
@@ -236,7 +237,7 @@ def validate(config: FitConfig) -> None:
     least = {"epochs": 1, "batch_size": 1, "image_size": 8, "devices": 1}
     least |= {"limit_train": 1, "limit_test": 1}
     least |= {"head_units": 0, "workers": 0, "warmup_epochs": 0, "lr_step": 0}
-    least |= {"ramp_epochs": 0, "balance_every": 1}
+    least |= {"ramp_epochs": 0, "balance_every": 1, "accumulate": 1}
     least |= {
         "every": 1,
         "balance": 0,

@@ -37,8 +37,9 @@ Loss = Callable[[dict[str, Any]], Tensor]
 class Step:
     """A training step as Lightning runs it, on any device.
 
-    The gradients of the step before live through the forward: Lightning drops them between it and
-    the backward. A step makes them itself, so that a loop of one step is like any other.
+    Gradients are freed once the optimiser has used them (``Classifier.optimizer_step``); where they
+    are accumulated, those of the batch before live through forward and backward. A step makes these
+    itself, so that a loop of one step is like any other.
 
     Args:
         loss: of a batch of ``images`` and ``targets``. model: whose parameters it trains.
@@ -48,7 +49,7 @@ class Step:
     def __init__(self, loss: Loss, model: nn.Module, config: FitConfig, device: str) -> None:
         self.loss, self.config, self.device = loss, config, torch.device(device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.drop_gradients_early = False
+        self.accumulates = config.accumulate > 1
         self.traced = False
 
     def run(self, batch: int) -> None:
@@ -62,15 +63,13 @@ class Step:
             "targets": torch.zeros(batch, dtype=torch.long, device=where),
             "pictures": pictures,  # Lightning holds the batch as it came until the step is over
         }
-        if not self.drop_gradients_early:
+        if self.accumulates:
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
         # a forward that the engine traces must not run through casts, which are no part of it
         with autocast(self.config.precision, where, casts=self.traced):
             loss = self.loss(made)
         self.traced = True
-        for p in self.parameters:
-            p.grad = None
         loss.backward()
         for p in self.parameters:
             p.grad = None
@@ -203,6 +202,14 @@ class Peaks:
         self.fixed = bytes_of([*model.parameters(), *model.buffers()]) + states * trained
         self.update = (1 + temporary) * trained  # gradients and what the optimiser's step makes
 
+    def free_in_backward(self) -> None:
+        """Count a step whose optimiser uses and frees each gradient as soon as it is made."""
+        for p in self.step.parameters:
+            p.register_post_accumulate_grad_hook(_free)
+        whole = sum(p.numel() for p in self.step.parameters)
+        largest = max((p.numel() for p in self.step.parameters), default=0)
+        self.update = self.update * largest // max(whole, 1)
+
     def at(self, batch: int) -> int:
         """Bytes of a run at the highest moment of its steps of ``batch`` pictures."""
         if batch not in self.known:
@@ -266,6 +273,10 @@ class Peaks:
             return 1, self.at(1)
         except ValueError:  # BatchNorm of maps of one pixel
             return 2, self.at(2)
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def bytes_of(tensors: Any) -> int:

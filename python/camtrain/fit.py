@@ -203,6 +203,7 @@ def _trainer(
         devices=config.devices,
         precision=config.precision,  # type: ignore[arg-type]
         max_epochs=config.epochs,
+        accumulate_grad_batches=config.accumulate,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         logger=loggers,

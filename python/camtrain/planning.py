@@ -33,9 +33,8 @@ GB = 1e9
 MIB = 2**20
 MODES = ("off", "fast", "lean", "lean-bf16")
 COUNTED = (
-    "parameters and buffers, gradients (those of the step before too, which Lightning keeps "
-    "through the forward), the optimiser's state and its step, pictures as bytes and floats, and "
-    "all that forward, loss and backward allocate"
+    "parameters and buffers, gradients, the optimiser's state and its step, pictures as bytes and "
+    "floats, and all that forward, loss and backward allocate"
 )
 NOT_COUNTED = (
     "workspaces of cuDNN and cuBLAS, the CUDA context (some hundred MiB), fragmentation, the "
@@ -183,31 +182,39 @@ class Planner:
                 "--precision bf16-mixed", True,
                 row.refused or "autocast to bfloat16: other numbers", row.largest, row.per_sample,
             ))  # fmt: skip
-        peaks = self.peaks(config)
-        assert isinstance(peaks, Peaks)
-        options.append(Option(
-            "accumulate gradients over k batches", False,
-            f"the peak is that of batch / k: a batch of {2 * taken.largest} in two halves takes "
-            f"{taken.peak / MIB:.0f} MiB; BatchNorm sees the halves",
-            2 * taken.largest,
-        ))  # fmt: skip
-        dropped = Peaks(*step_of(config, self.classes))
-        dropped.step.drop_gradients_early = True
-        with _reference_if_asked(config):
-            largest = dropped.largest(budget)
-            saved = taken.peak - dropped.at(taken.largest)
-        options.append(Option(
-            "free gradients once the optimiser has used them", False,
-            f"{saved / MIB:.0f} MiB less at batch {taken.largest} (all gradients: "
-            f"{bytes_of(peaks.step.parameters) / MIB:.0f} MiB)",
-            largest,
-        ))  # fmt: skip
+        if config.accumulate == 1:
+            row = self.row(dataclasses.replace(config, accumulate=2), table.vram)
+            if row.largest:
+                options.append(Option(
+                    "--accumulate k", True,
+                    f"so many samples k times in a step: gradients stay through the next forward; "
+                    f"{2 * row.largest} samples a step with k = 2; BatchNorm sees the parts",
+                    row.largest, row.per_sample,
+                ))  # fmt: skip
+            options.append(self._stepping_in_backward(config, taken, budget))
         if config.recipe in ("interpretable", "combined") and config.gradient_weight:
             options.append(Option(
                 "--every n", True,
                 "changes nothing: the steps with the regulariser have the peak", taken.largest,
             ))  # fmt: skip
         return options
+
+    def _stepping_in_backward(self, config: FitConfig, taken: Row, budget: float) -> Option:
+        """Freeing each gradient as the optimiser has used it, within the backward."""
+        assert taken.largest is not None
+        assert taken.peak is not None
+        freed = Peaks(*step_of(config, self.classes))
+        freed.free_in_backward()
+        with _reference_if_asked(config):
+            largest = freed.largest(budget)
+            saved = taken.peak - freed.at(taken.largest)
+        gradients = bytes_of(freed.step.parameters) / MIB
+        return Option(
+            "step within the backward, freeing each gradient", False,
+            f"{saved / MIB:.0f} MiB less at batch {taken.largest} (all gradients: {gradients:.0f} "
+            "MiB)",
+            largest,
+        )  # fmt: skip
 
 
 def _reference_if_asked(config: FitConfig) -> Any:

@@ -102,8 +102,19 @@ class Classifier(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step, config.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and free the gradients at once: Lightning keeps them through the next forward."""
+        super().optimizer_step(*args, **kwargs)
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def on_train_epoch_start(self) -> None:
         """What a recipe draws or counts anew."""
+
+    @property
+    def _batches_before(self) -> int:
+        """Of training, in the epochs before this one."""
+        return self.current_epoch * int(self.trainer.num_training_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the random state of the epoch, so that dropout repeats after a resume.
@@ -257,8 +268,8 @@ class InterpretableClassifier(Classifier):
         return {"weight": self.config.gradient_weight}
 
     def on_train_epoch_start(self) -> None:
-        """Count from the step, so that a resumed run takes the error at the same steps."""
-        self.criterion.calls = self.trainer.global_step
+        """Count from the start, so that a resumed run takes the error at the same batches."""
+        self.criterion.calls = self._batches_before
 
     def _measure(self, split: str, batch: dict[str, Any], logits: Tensor, loss: Tensor) -> None:
         measures = self.split(split)
@@ -308,7 +319,7 @@ class CombinedClassifier(Classifier):
     def on_train_epoch_start(self) -> None:
         """As each regulariser needs it."""
         if "gradient" in self.criterion:
-            self.criterion["gradient"].calls = self.trainer.global_step
+            self.criterion["gradient"].calls = self._batches_before
         self._draw_views(self.current_epoch + 1, self.global_rank)
 
     def on_validation_epoch_start(self) -> None:
