@@ -28,10 +28,10 @@ $(STAMP): $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
 
 # torchvision and timm give the tests real networks, grad-cam maps to compare with, accelerate a
 # trainer; without their dependencies, which would replace a CPU build of torch.
-$(VENV)/.tests: $(STAMP)
+$(VENV)/.tests: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install -qq --editable ".[train,dev,triton]"
 	$(PY) -m pip install -qq --no-deps torchvision==0.28.0 timm grad-cam==1.5.7 torchcam==0.5.0 ttach opencv-python-headless accelerate psutil
-	touch $@
+	touch $(STAMP) $@
 
 # The tests' torchvision, if `make test` put it here, imports beside a CPU torch with their help only.
 demo: $(STAMP)

@@ -62,7 +62,7 @@ _COMMON: dict[str, Any] = {
 }
 hypothesis.settings.register_profile(
     "ci",
-    max_examples=4 if backends.triton_interpreted() else 12 if backends.cuda_on_host() else 16,
+    max_examples=4 if backends.triton_interpreted() else 10,
     derandomize=True,
     database=None,
     **_COMMON,

@@ -23,9 +23,9 @@ PROCESS = Path(__file__).with_name("engine_peak_process.py")
 @pytest.mark.parametrize(
     "side",
     [
-        "plain cross-entropy",
         "fast interpretable",
-        "lean interpretable",
+        pytest.param("plain cross-entropy", marks=pytest.mark.slow),
+        pytest.param("lean interpretable", marks=pytest.mark.slow),
         pytest.param("fast cross-entropy", marks=pytest.mark.slow),
         pytest.param("lean-bf16 interpretable", marks=pytest.mark.slow),
     ],

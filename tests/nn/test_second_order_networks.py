@@ -54,7 +54,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet26d": (_timm("resnet26d"), 64),
     "regnetx_002": (_timm("regnetx_002"), 64),
 }
-SLOW = {"densenet121", "resnet50"}
+SLOW = {"densenet121", "resnet50", "vgg11_bn", "resnet26d"}
 
 
 @contextmanager

@@ -205,6 +205,7 @@ def _one_of_two(rank: int, file: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # tests/losses has the like of it through a criterion
 def test_sync_batch_norm_in_two_processes(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(
         _one_of_two, (str(tmp_path / "store"),), nprocs=2, start_method="spawn"

@@ -163,7 +163,7 @@ class OpTests:
     # ---- derivatives ----
 
     @every_backend
-    @pytest.mark.parametrize("option", [True, False])
+    @pytest.mark.parametrize("option", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_gradcheck_and_gradgradcheck(self, backend: str, option: bool) -> None:
         if not has_double(backend):
             pytest.skip("takes no float64; its second order is compared in float32")
