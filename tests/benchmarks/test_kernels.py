@@ -226,6 +226,7 @@ def test_every_kernel_is_no_worse_than_the_table(capability: int) -> None:
     assert kernels.regressions(found, committed()["triton"]) == []
 
 
+@pytest.mark.slow  # tests/cuda_host/test_cuda_compile.py has limits for every run
 @pytest.mark.skipif(
     backends.cuda_on_host() or kernels.module_path() is None, reason="no CUDA module is built"
 )
