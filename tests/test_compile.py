@@ -208,7 +208,9 @@ def library_calls(backend: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 # It takes its time, and what it checks is the specification that all backends share.
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.slow) for b in ("reference", "cpu")])
+@pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=pytest.mark.slow) for b in ("reference", "cpu")]
+)
 @pytest.mark.filterwarnings("ignore:.*anomaly.*")
 def test_opcheck(backend: str) -> None:
     if reason := backends.unavailable_reason(backend):

@@ -124,7 +124,9 @@ def _two_orders(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor
     return {"delta": delta.detach(), **dict(zip(["x", *named], values, strict=True))}
 
 
-@pytest.mark.parametrize("memory", ["fast", "lean", pytest.param("everything dropped", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "memory", ["fast", "lean", pytest.param("everything dropped", marks=pytest.mark.slow)]
+)
 @given(pieces=graphs(), training=st.booleans(), channels_last=st.booleans())
 def test_random_graphs(
     memory: str, pieces: list[tuple[str, int, bool]], training: bool, channels_last: bool
