@@ -17,6 +17,7 @@ from camkernels.engine.plan import Call, EngineError, Hooked, Program, Stage
 from camkernels.engine.trace import Network, Op, trace_network
 from camkernels.nn import modules
 from camkernels.nn._fused import relu
+from camkernels.nn._kinds import is_sharded
 from camkernels.nn._trace import CallShape, default_shape
 from camkernels.nn._watch import RefusedError
 
@@ -113,6 +114,7 @@ def make_network(model: nn.Module, shape: CallShape | None = None) -> Network:
     Raises:
         EngineError: it cannot; names the module.
     """
+    _refuse_compiled(model)
     try:
         network = trace_network(model, default_shape(model) if shape is None else shape)
     except RefusedError as refused:
@@ -122,6 +124,16 @@ def make_network(model: nn.Module, shape: CallShape | None = None) -> Network:
         ) from None
     plan.check(network)
     return network
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        wrapped = isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+        if name and (wrapped or getattr(module, "_compiled_call_impl", None) is not None):
+            raise EngineError(
+                f"engine: {name} is compiled (torch.compile), and what the engine runs cannot be: "
+                f"leave it uncompiled; or {plan.WAY_OUT}, of which the rest is compiled"
+            )
 
 
 def install(model: nn.Module, memory: str | int) -> EngineForward:
@@ -161,9 +173,11 @@ def _hooked(network: Network) -> frozenset[tuple[nn.Module, bool]]:
         if module in called or not exit_.name:  # the model itself, and the user's code, are called
             continue
         if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            what = "a forward pre-hook or a backward hook, which the engine does not call"
+            if is_sharded(module):
+                what = "hooks of FSDP, which the engine does not call: shard the network as a whole"
             raise EngineError(
-                f"engine: {exit_.name} ({type(module).__name__}) has a forward pre-hook or a "
-                f"backward hook, which the engine does not call; {plan.WAY_OUT}"
+                f"engine: {exit_.name} ({type(module).__name__}) has {what}; {plan.WAY_OUT}"
             )
         needs = {getattr(h, "engine_needs", "all") for h in module._forward_hooks.values()}
         if needs - {"nothing"}:

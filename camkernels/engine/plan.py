@@ -130,7 +130,10 @@ def check(network: Network) -> None:
     before = _before(network)
     needed = _leads_to_convolution(network)
     if not inside:
-        raise EngineError(f"engine: the network has no 2d convolution; {WAY_OUT}")
+        raise EngineError(
+            "engine: the network has no 2d convolution, or hides them in functions of its own, in "
+            f"checkpoints or in wrappers (FSDP of parts); {WAY_OUT}"
+        )
     for op in network.ops:
         if op.kind != "eager" or op in before or op not in needed:
             continue

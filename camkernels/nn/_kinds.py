@@ -83,6 +83,16 @@ def is_ours(module: nn.Module) -> bool:
     return type(module) in ours or (timm is not None and type(module) is timm.BatchNormAct2d)
 
 
+def is_fsdp_wrapper(module: nn.Module) -> bool:
+    """Whether ``module`` is FSDP's wrapper (by its name: importing it is slow)."""
+    return type(module).__name__ == "FullyShardedDataParallel"
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, by its wrapper or by ``fully_shard``, holds the parameters of ``module``."""
+    return is_fsdp_wrapper(module) or bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
 def opaque_reason(module: nn.Module) -> str | None:
     """Why nothing below ``module`` is touched; None for ordinary modules."""
     if isinstance(module, torch.jit.ScriptModule):

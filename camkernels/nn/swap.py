@@ -307,11 +307,12 @@ def _refuse_wrapped(model: Any) -> None:
     for name, module in model.named_modules():
         kind = type(module).__name__
         compiled = isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        if isinstance(module, wrappers) or compiled or kind == "FullyShardedDataParallel":
+        if isinstance(module, wrappers) or compiled or _kinds.is_sharded(module):
+            kind = f"FSDP ({kind})" if _kinds.is_sharded(module) else kind
             where = f" (at {name!r})" if name else ""
             raise TypeError(
                 f"model: already wrapped in {kind}{where}; call ck.swap_in on the plain model "
-                "before wrapping it in DistributedDataParallel or torch.compile"
+                "before wrapping it in DistributedDataParallel, FSDP or torch.compile"
             )
 
 

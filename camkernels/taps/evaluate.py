@@ -11,9 +11,12 @@ from torch import Tensor
 
 from camkernels import functional as F
 from camkernels import modes
-from camkernels.taps.graph import STATIC_GRAPH, has_static_graph
+from camkernels.nn._kinds import is_sharded
+from camkernels.taps.graph import STATIC_GRAPH, has_static_graph, obstacle
 from camkernels.taps.head import ClosedFormHead
+from camkernels.taps.modules import SHARDED
 from camkernels.taps.tap import Tap, TapError
+from camkernels.taps.targets import check_device
 
 # Where reading the self-check would stall a GPU it is read at every so-manieth call only.
 GUARD_EVERY = 64
@@ -65,11 +68,16 @@ class Evaluator:
         head = None if self.reshape_transform is not None else self.tap.usable_head()
         with modes.no_autocast(logits.device):
             if head is not None:
+                check_device(logits, activations[0].device)
                 chosen = classes if isinstance(classes, Tensor) else _slopes(logits, classes)
                 evaluation = self._by_closed_form(head, values[0], logits, chosen)
                 if evaluation is not None:
                     return [evaluation]
             return self._by_autograd(activations, values, logits, classes)
+
+    def check_device(self, logits: Tensor) -> None:
+        """Raise unless maps and logits, of which a criterion makes one loss, are on one device."""
+        check_device(logits, self.tap.activations()[0].device)
 
     def other_classes(self, logits: Tensor, classes: Tensor) -> tuple[F.MapStatistics, int, Tensor]:
         """Statistics of the maps of every class but ``classes``, one layer only.
@@ -207,6 +215,8 @@ class Evaluator:
             raise TapError(self._unconnected())
         if has_static_graph(logits):
             raise TapError(STATIC_GRAPH)
+        if train:
+            self._refuse_first_order_only(activations, logits)
         with torch.inference_mode(False), torch.enable_grad():
             score = _scores(logits, classes).float().sum() * scale
             if not score.requires_grad:
@@ -221,6 +231,16 @@ class Evaluator:
                 raise TapError(self._unconnected())
             gradients.append(gradient)
         return gradients, [scale] * len(gradients)
+
+    def _refuse_first_order_only(self, activations: list[Tensor], logits: Tensor) -> None:
+        """The map's gradient is a second derivative of all that lies behind the layer."""
+        why = f"the head has no closed form ({self.tap.head_reason})"
+        if any(is_sharded(module) for module in self.tap.model.modules()):
+            raise TapError(f"{why}, and {SHARDED}")
+        for name, one in zip(self.tap.names, activations, strict=True):
+            found = obstacle(logits, one)
+            if found is not None:
+                raise TapError(f"layer {name!r}: {why}, and behind it {found}")
 
     def _maps_of_all_classes_by_autograd(self, logits: Tensor) -> Tensor:
         activations = self.tap.activations()

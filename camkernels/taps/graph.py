@@ -17,12 +17,13 @@ _LOWER_BOUND = {
     "ClampBackward1": "_saved_min",
     "ClampMinBackward0": "_saved_min",
 }
-# Nodes that cannot be differentiated twice, and what to do about them.
+# Nodes that cannot be differentiated twice, and what to do about them. A compiled region raises at
+# the last backward, or drops its second order without a word where its weights are frozen.
 _FIRST_ORDER_ONLY = {
     "CompiledFunctionBackward": "torch.compile cannot differentiate twice (AOT autograd has no "
-    "double backward): train the uncompiled model",
+    "double backward): leave this part of the model uncompiled",
     "CheckpointFunctionBackward": "a reentrant checkpoint cannot be differentiated with respect to "
-    "the input: pass use_reentrant=False to torch.utils.checkpoint",
+    "what goes into it: pass use_reentrant=False to torch.utils.checkpoint",
     "SyncBatchNormBackward": "torch.nn.SyncBatchNorm has no double backward: call "
     "model = ck.swap_in(model), whose BatchNorm shares its statistics and has one",
 }
@@ -51,32 +52,49 @@ def survey(output: Tensor, leaf: Tensor) -> Survey | None:
 
     Two walks over the graph, on the host.
     """
-    if output.grad_fn is None:
+    between = _between(output, leaf)
+    if not between:
         return None
-    with torch.inference_mode(False):
-        end = get_gradient_edge(leaf).node
-    users = _users(output.grad_fn)
-    if end not in users:
-        return None
-    between = {end}
-    pending = [end]
-    while pending:
-        for user in users.get(pending.pop(), ()):
-            if user not in between:
-                between.add(user)
-                pending.append(user)
     found = Survey()
     for node in between:
         _classify(node, found)
     return found
 
 
-def _users(root: Node) -> dict[Node, list[Node]]:
-    """Every node below ``root``, with the nodes that read what it stands for."""
+def obstacle(output: Tensor, source: Tensor) -> str | None:
+    """Why the way from ``output`` to ``source`` cannot be differentiated twice; None where it can,
+    or where there is none."""
+    found = Survey()
+    for node in _between(output, source):
+        _classify(node, found)
+    return found.obstacle
+
+
+def _between(output: Tensor, source: Tensor) -> set[Node]:
+    """The nodes on the way from ``output`` to ``source``, without the one that made ``source``."""
+    if output.grad_fn is None:
+        return set()
+    with torch.inference_mode(False):
+        end = get_gradient_edge(source).node
+    users = _users(output.grad_fn, end)
+    between: set[Node] = set()
+    pending = [end]
+    while pending:
+        for user in users.get(pending.pop(), ()):
+            if user not in between:
+                between.add(user)
+                pending.append(user)
+    return between
+
+
+def _users(root: Node, end: Node) -> dict[Node, list[Node]]:
+    """Every node below ``root``, with the nodes that read what it stands for; not below ``end``."""
     users: dict[Node, list[Node]] = {}
     pending = [root]
     while pending:
         node = pending.pop()
+        if node is end:
+            continue
         for source, _ in node.next_functions:
             if source is None:
                 continue
@@ -123,6 +141,21 @@ def has_static_graph(output: Tensor) -> bool:
         seen += 1
         pending += [source for source, _ in node.next_functions]
     return False
+
+
+# Nodes that hand on what they are given, perhaps in another dtype or by DistributedDataParallel.
+_COPIES = ("Clone", "ToCopy", "View", "UnsafeView", "Alias", "_DDPSink")
+
+
+def is_copy(output: Tensor, source: Node | None) -> bool:
+    """Whether ``output`` is a copy of what node ``source`` made, as autograd has recorded it."""
+    node = output.grad_fn
+    while node is not None and node is not source:
+        name = node.name().removeprefix("torch::autograd::").partition("Backward")[0]
+        if name not in _COPIES or len(node.next_functions) != 1:
+            return False
+        node = node.next_functions[0][0]
+    return node is not None
 
 
 # Nodes between the logits that a criterion is given and the end of the model.

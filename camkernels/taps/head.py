@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from camkernels.nn._kinds import is_sharded
 from camkernels.nn.modules import ReLU
 
 _RELUS = (nn.ReLU, ReLU)
@@ -138,6 +139,12 @@ def _linear_reason(linear: nn.Module) -> str | None:
         return "a linear layer of the head is parametrized"
     if not isinstance(linear.weight, nn.Parameter):
         return "a linear layer of the head recomputes its weight (old-style weight norm, pruning)"
+    whole = type(linear.weight) is nn.Parameter and linear.weight.dim() == 2
+    if is_sharded(linear) and not whole:
+        return (
+            "FSDP holds a linear layer of the head in shards after its forward (fully_shard with "
+            "reshard_after_forward=False leaves it whole)"
+        )
     return None
 
 

@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from camkernels import modes
+from camkernels.nn._kinds import is_sharded
 from camkernels.taps import detached
-from camkernels.taps.modules import unwrap
+from camkernels.taps.modules import refuse_replica, refuse_sharded, unwrap
 from camkernels.taps.second import in_second_forward
-from camkernels.taps.tap import TapError, _Hook
+from camkernels.taps.tap import NO_FORWARD, TapError, _Hook
 
 # What the latest forward was.
 _TAPPED = "tapped"  # with gradients, and a leaf
@@ -101,6 +102,7 @@ class InputTap:
         without_grad: bool = False,
     ) -> None:
         self.model = unwrap(model)
+        refuse_sharded(self.model)
         self.input = input
         self.every = every
         self.calls = calls
@@ -135,11 +137,9 @@ class InputTap:
     # -- hooks ---------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module is not self.model and getattr(module, "_is_replica", False):
-            raise TypeError(
-                "model: nn.DataParallel is not supported (its replicas live for one forward); use "
-                "nn.parallel.DistributedDataParallel"
-            )
+        refuse_replica(module, self.model)
+        if self._forward is None or is_sharded(self.model):
+            refuse_sharded(self.model)  # wrapped since
         if torch._C._current_graph_task_id() != -1:
             # Inside a backward a forward is a recomputation (checkpointing) of one that was seen:
             # it gets the same kind of input.
@@ -231,7 +231,7 @@ class InputTap:
             raise TapError("the tap is closed")
         forward = self._forward
         if forward is None:
-            raise TapError("no forward has run since the tap was made: call model(x) first")
+            raise TapError(NO_FORWARD)
         grad = torch.is_grad_enabled()
         if forward.mode in (_TAPPED, _SKIPPED) and grad and not forward.counted:
             self.calls, forward.counted = self.calls + 1, True

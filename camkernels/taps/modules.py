@@ -8,15 +8,37 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from camkernels.nn._kinds import is_fsdp_wrapper, is_sharded
+
 LayerLike = str | nn.Module
+SHARDED = (
+    "FSDP (FullyShardedDataParallel, fully_shard) frees the parameters at the end of the first "
+    "backward, which is one inside of the loss: use nn.parallel.DistributedDataParallel"
+)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise TypeError where FSDP holds ``model`` or a part of it."""
+    if any(is_sharded(module) for module in model.modules()):
+        raise TypeError(f"model: {SHARDED}")
+
+
+def refuse_replica(module: nn.Module, expected: nn.Module) -> None:
+    """Raise TypeError where ``module`` is what nn.DataParallel runs for ``expected``."""
+    if module is not expected and getattr(module, "_is_replica", False):
+        raise TypeError(
+            "model: nn.DataParallel is not supported (its replicas live for one forward); use "
+            "nn.parallel.DistributedDataParallel"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel and ``torch.compile`` wrappers.
 
     Raises:
-        TypeError: not a module, or ``nn.DataParallel``, whose replicas live for one forward only,
-            so that a tap on the model never sees them.
+        TypeError: not a module; ``nn.DataParallel``, whose replicas live for one forward only, so
+            that a tap on the model never sees them; or FSDP's wrapper, inside which a module has
+            its parameters during its own forward only.
     """
     while True:
         if not isinstance(model, nn.Module):
@@ -30,6 +52,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             model = model._orig_mod
+        elif any(is_fsdp_wrapper(module) for module in model.modules()):
+            raise TypeError(
+                "model: FullyShardedDataParallel (FSDP) is not supported: inside of it a module "
+                "has its parameters during its own forward only; use "
+                "nn.parallel.DistributedDataParallel"
+            )
         else:
             return model
 

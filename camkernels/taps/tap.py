@@ -17,8 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from camkernels.taps import detached
 from camkernels.taps.head import ClosedFormHead, Step, examine, version_of
-from camkernels.taps.modules import LayerLike, find_layers, leaves, unwrap
+from camkernels.taps.modules import LayerLike, find_layers, leaves, refuse_replica, unwrap
 
+COMPILED_BEFORE = (
+    " (what was compiled and run before the tap was made does not see it: make it first, or call "
+    "torch._dynamo.reset())"
+)
+NO_FORWARD = f"no forward has run since the tap was made: call model(x) first{COMPILED_BEFORE}"
 HEADS = ("auto", "autograd", "closed_form")
 
 
@@ -164,7 +169,7 @@ class Tap:
     # -- hooks ---------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._refuse_replica(module, self.model)
+        refuse_replica(module, self.model)
         self._leave_grad_mode()
         self._forward = _Forward(began=True, grad_enabled=torch.is_grad_enabled())
         self._ever = True
@@ -177,7 +182,7 @@ class Tap:
                 self._examining.append(hook)
 
     def _see(self, index: int, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-        self._refuse_replica(module, self.modules[index])
+        refuse_replica(module, self.modules[index])
         self._ever = True
         seen = self._forward.layers.get(index)
         if seen is not None:
@@ -335,12 +340,15 @@ class Tap:
         if self._closed:
             raise TapError("the tap is closed")
         if not self._ever:
-            raise TapError("no forward has run since the tap was made: call model(x) first")
+            raise TapError(NO_FORWARD)
         result = []
         for index, name in enumerate(self.names):
             seen = self._forward.layers.get(index)
             if seen is None:
-                raise TapError(f"layer {name!r} was not reached by the latest forward of the model")
+                raise TapError(
+                    f"layer {name!r} was not reached by the latest forward of the model"
+                    f"{COMPILED_BEFORE}"
+                )
             if seen.calls > 1:
                 raise TapError(
                     f"layer {name!r} was reached {seen.calls} times in one forward; a tap needs a "
@@ -364,13 +372,6 @@ class Tap:
             if held() is logits:
                 return graph
         return detached.graph_of(logits)
-
-    def _refuse_replica(self, module: nn.Module, expected: nn.Module) -> None:
-        if module is not expected and getattr(module, "_is_replica", False):
-            raise TypeError(
-                "model: nn.DataParallel is not supported (its replicas live for one forward); use "
-                "nn.parallel.DistributedDataParallel"
-            )
 
 
 def _logits_in(output: Any) -> Tensor | None:

@@ -16,6 +16,15 @@ def check_logits(logits: object) -> None:
         )
 
 
+def check_device(logits: Tensor, device: torch.device) -> None:
+    """Raise unless ``logits`` lie where the model ran."""
+    if logits.device != device:
+        raise ValueError(
+            f"logits: expected on {device}, where the model ran, got {logits.device}; "
+            "call criterion(model(x), y) with what the model returned"
+        )
+
+
 def class_indices(logits: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
     """Class per sample (B,) int64, 0 where ignored.
 
