@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels import consistency as C
+from camkernels import modes
 from camkernels.losses._common import check_choice, loss_of, reduce
 from camkernels.losses._contrast import contrast
 from camkernels.taps.evaluate import Evaluator, ReshapeTransform
@@ -17,6 +18,7 @@ from camkernels.taps.image_tap import ImageTap
 from camkernels.taps.modules import LayerLike
 from camkernels.taps.tap import Tap
 from camkernels.taps.targets import check_logits, class_indices
+from camkernels.taps.uncompiled import uncompiled
 from camkernels.taps.views import Draw, RandomResizedCropFlip, View
 
 _TARGETS = ("predicted", "true")
@@ -167,6 +169,8 @@ class CAMConsistencyLoss(nn.Module):
             raise ValueError(f"images: expected (B, C, H, W), got {tuple(images.shape)}")
         with torch.no_grad():
             made = C.warp(images.detach(), *view, size=self._size(images))
+        if torch.is_grad_enabled() and images.requires_grad and not modes.is_unread(images):
+            made.requires_grad_()  # reentrant checkpoints hand gradients on only then
         last = images.is_contiguous(memory_format=torch.channels_last)
         return made.contiguous(memory_format=torch.channels_last) if last else made
 
@@ -215,6 +219,7 @@ class CAMConsistencyLoss(nn.Module):
         """
         return loss_of(*self.parts(logits, targets, boxes, flips))
 
+    @uncompiled
     def parts(
         self,
         logits: Tensor,
@@ -226,6 +231,7 @@ class CAMConsistencyLoss(nn.Module):
         :meth:`forward`."""
         check_logits(logits)
         images = self._images.latest(logits)
+        self._evaluate.check_device(logits)
         classes, valid = self._classes(logits, targets)
         view = self._view(images, boxes, flips)
         enabled = torch.is_grad_enabled()

@@ -14,6 +14,7 @@ from camkernels.taps.evaluate import Evaluation, Evaluator, ReshapeTransform
 from camkernels.taps.modules import LayerLike
 from camkernels.taps.tap import Tap
 from camkernels.taps.targets import check_logits, class_indices
+from camkernels.taps.uncompiled import uncompiled
 
 # The sign with which each statistic is minimised: sharper maps have less entropy, less area and
 # more dispersion.
@@ -135,9 +136,11 @@ class CAMEntropyLoss(nn.Module):
         """
         return loss_of(*self.parts(logits, targets))
 
+    @uncompiled
     def parts(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The loss as its cross-entropy and beta r, None where beta is 0; see :meth:`forward`."""
         check_logits(logits)
+        self._evaluate.check_device(logits)
         classes, valid = self._classes(logits, targets)
         # With beta = 0 the maps are measured, and nothing may reach the gradient: not even 0 * NaN.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta != 0):

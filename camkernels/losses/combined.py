@@ -13,6 +13,7 @@ from camkernels.losses.cam_consistency import CAMConsistencyLoss
 from camkernels.losses.cam_entropy import CAMEntropyLoss
 from camkernels.losses.interpretable_gradient import InterpretableGradientLoss
 from camkernels.taps.modules import unwrap
+from camkernels.taps.uncompiled import uncompiled
 
 Criterion = CAMEntropyLoss | CAMConsistencyLoss | InterpretableGradientLoss
 # Of the cross-entropy: the same in all, since it is counted once.
@@ -89,6 +90,7 @@ class CombinedLoss(nn.Module):
         """
         return loss_of(*self.parts(logits, targets))
 
+    @uncompiled
     def parts(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The loss as its cross-entropy and the sum of the weighted regularisers, None where none
         has a weight; see :meth:`forward`."""

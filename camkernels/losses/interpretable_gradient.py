@@ -17,7 +17,8 @@ from camkernels.losses._common import check_choice, loss_of, reduce
 from camkernels.taps.graph import Survey, survey, total
 from camkernels.taps.input_tap import UNCONNECTED, Connected, InputTap
 from camkernels.taps.tap import TapError
-from camkernels.taps.targets import check_logits, class_indices
+from camkernels.taps.targets import check_device, check_logits, class_indices
+from camkernels.taps.uncompiled import uncompiled
 
 _REDUCTIONS = ("mean", "sum", "none")
 _INNER_REDUCTIONS = ("mean", "sum")
@@ -165,6 +166,7 @@ class InterpretableGradientLoss(nn.Module):
         """
         return loss_of(*self.parts(logits, targets))
 
+    @uncompiled
     def parts(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The loss as its cross-entropy and lambda E, None where lambda is 0 or this call does not
         look at gradients; see :meth:`forward`."""
@@ -176,6 +178,7 @@ class InterpretableGradientLoss(nn.Module):
         self._gradients = None
         if connected is None:
             return cross_entropy, None
+        check_device(connected.logits, connected.leaf.device)
         self._examine(connected)
         # With weight 0 the gradients are measured, and nothing may reach those of the parameters.
         train = torch.is_grad_enabled() and self.weight != 0

@@ -217,9 +217,14 @@ class BatchNormReLU2d(BatchNorm2d):
 
 
 def runs_only_its_forward(module: nn.Module) -> bool:
-    """Whether calling ``module`` is running its class's forward: no hooks and nothing patched."""
+    """Whether calling ``module`` is running its class's forward: no hooks and nothing patched.
+
+    Hooks of a tap that examines the head are there during one forward only, and need nothing of
+    what is fused: a checkpoint around it must save the same at its recomputation, without them.
+    """
+    hooks = module._forward_hooks.values()
     return not (
-        module._forward_hooks
+        any(getattr(hook, "engine_needs", "all") != "nothing" for hook in hooks)
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

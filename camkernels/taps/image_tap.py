@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
+from camkernels.taps.graph import is_copy
 from camkernels.taps.input_tap import find_images
 from camkernels.taps.modules import unwrap
 from camkernels.taps.second import second_forward
@@ -48,7 +50,8 @@ class ImageTap:
         self.joined: Tensor | None = None
         """Logits of both batches, where they went through one forward."""
         self._call: tuple[tuple[Any, ...], dict[str, Any], int | str] | None = None
-        self._given: weakref.ref[Tensor] | None = None
+        self._given: tuple[weakref.ref[Tensor], Node | None] | None = None
+        """What the user holds of a joined forward, and the node that made it."""
         self._quiet = self._joins = False
         self._handles: list[RemovableHandle] = [
             self.model.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True),  # type: ignore[arg-type]
@@ -97,12 +100,18 @@ class ImageTap:
                 self.forget()
             return None
         if not self._joins or self.images is None:
-            self._given = weakref.ref(output)
             return None
         self.joined = output
         first = output[: self.images.shape[0]]
-        self._given = weakref.ref(first)
+        self._given = weakref.ref(first), first.grad_fn
         return first
+
+    def _is_given(self, logits: Tensor) -> bool:
+        """Whether ``logits`` are what the user was given of both batches, or a copy."""
+        if self._given is None:
+            return False
+        given, node = self._given
+        return given() is logits or is_copy(logits, node)
 
     def latest(self, logits: Tensor) -> Tensor:
         """The images whose ``logits`` these are.
@@ -113,7 +122,7 @@ class ImageTap:
         if self.images is None:
             raise TapError("no forward has run since the last call: call model(x) first")
         if self.images.shape[0] != logits.shape[0] or (
-            self.joined is not None and (self._given is None or self._given() is not logits)
+            self.joined is not None and not self._is_given(logits)
         ):
             raise TapError(STALE)
         return self.images
