@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -18,7 +19,6 @@ COPIED = (
     "camkernels", "csrc", "python", "tests/ops", "tests/cuda_host", "tests/_sitecustomize",
     "tests/conftest.py", "setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE",
 )  # fmt: skip
-# Not named backends: tests/conftest.py leaves out tests of backend "cuda" but for some files.
 RUNS = {
     "cpu": {"CAMKERNELS_REQUIRE": "cpu"},
     "triton": {"CAMKERNELS_REQUIRE": "triton", "TRITON_INTERPRET": "1"},
@@ -65,10 +65,21 @@ def test_changes_of_the_guide_fit() -> None:
                 assert not line.startswith("+") or line[1:] in changed
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(
+    root: Path, command: list[str], good: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    paths = f"{root}{os.pathsep}{root / 'tests/_sitecustomize'}"
+    found = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    output = found.stdout + found.stderr
+    assert not good or found.returncode == 0, output[-6000:]
+    return found
+
+
+def carried_out(root: Path) -> None:
     """The repository with the guide's op in it, its C++ built."""
-    root = tmp_path_factory.mktemp("guide")
     for name in COPIED:
         source, target = ROOT / name, root / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,49 +98,40 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "camkernels/ops/foo/__init__.py").touch()
     run(root, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         CAMKERNELS_CPU="1", CAMKERNELS_CUDA="0")  # fmt: skip
-    return root
-
-
-def run(
-    root: Path, command: list[str], good: bool = True, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    paths = f"{root}{os.pathsep}{root / 'tests/_sitecustomize'}"
-    found = subprocess.run(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": paths, **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    output = found.stdout + found.stderr
-    assert not good or found.returncode == 0, output[-6000:]
-    return found
+    where = run(root, [sys.executable, "-c", "import camkernels; print(camkernels.__file__)"])
+    assert where.stdout.startswith(str(root)), where.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kernels", RUNS)
-def test_the_guides_op_passes(kernels: str, copy: Path, python: str) -> None:
-    if kernels == "triton":
-        pytest.importorskip("triton")
-    if backends.unavailable_reason("cpu") is not None:
-        pytest.skip("no C++ compiler made this installation, so none makes the copy")
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_foo.py"]
-    where = run(copy, [python, "-c", "import camkernels; print(camkernels.__file__)"])
-    assert where.stdout.startswith(str(copy)), where.stdout
-    found = run(copy, tests, **RUNS[kernels])
-    assert re.search(r"\d+ passed", found.stdout), found.stdout
-    assert f"[{kernels}" in run(copy, [*tests, "--collect-only"], **RUNS[kernels]).stdout
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_broken_kernel_of_the_guide_is_seen(copy: Path, python: str) -> None:
-    pytest.importorskip("triton")
-    path = copy / "camkernels/ops/foo/triton.py"
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(
+    backends.unavailable_reason("cpu") is not None,
+    reason="no C++ compiler made this installation, so none makes the copy",
+)
+def test_the_guides_op(tmp_path: Path) -> None:
+    """On every backend, and red where its kernel is broken."""
+    carried_out(tmp_path)
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/test_foo.py",
+    ]
+    triton = importlib.util.find_spec("triton") is not None
+    for backend, environment in RUNS.items():
+        if backend == "triton" and not triton:
+            continue
+        assert f"[{backend}]" in run(tmp_path, [*tests, "--collect-only"], **environment).stdout
+        found = run(tmp_path, tests, **environment)
+        assert re.search(r"\d+ passed", found.stdout), found.stdout
+    path = tmp_path / "camkernels/ops/foo/triton.py"
     whole = path.read_text()
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_foo.py"]
-    try:
-        for right, wrong in (("(twice * m)", "(m)"), ("mask=p < P)", "mask=p < P - 1)")):
-            assert right in whole
-            path.write_text(whole.replace(right, wrong))
-            assert run(copy, tests, good=False, **RUNS["triton"]).returncode == 1, wrong
-    finally:
-        path.write_text(whole)
+    for right, wrong in (("(twice * m)", "(m)"), ("mask=p < P)", "mask=p < P - 1)")):
+        assert right in whole
+        path.write_text(whole.replace(right, wrong))
+        if triton:
+            broken = run(tmp_path, [*tests, "-x"], good=False, **RUNS["triton"])
+            assert broken.returncode == 1, wrong
