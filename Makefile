@@ -14,7 +14,7 @@ ifdef CI
 export CAMKERNELS_CUDA_ARCHS ?= 80;90;120
 endif
 
-.PHONY: demo test test-slow lint format types doctor bench docs clean
+.PHONY: demo test test-slow lint format types doctor bench docs gpu clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,7 @@ test: lint types
 
 test-slow: $(VENV)/.tests
 	CAMKERNELS_REQUIRE=cpu $(PYTEST) tests -m "slow and not gpu"
+	TRITON_INTERPRET=1 CAMKERNELS_REQUIRE=triton $(PYTEST) tests/ops -m "slow and not gpu"
 
 bench: $(VENV)/.tests
 	$(PY) -m benchmarks run all --device cpu

@@ -52,6 +52,18 @@ if os.environ.get("CAMKERNELS_CUDA_HOST") == "1":
 
     load()
 
+# Seconds each in the interpreter, and their like are run there: marked slow in that process only.
+INTERPRETED_SLOWLY = (
+    "test_bad_values_are_seen_where_the_reference_sees_them[inf-",
+    "test_bad_values_are_seen_where_the_reference_sees_them[-inf-",
+    "test_warped_ssim_of_bad_boxes[",
+    "test_ssim_nan_stays_in_its_sample[",
+    "test_one_launch_forward_and_one_backward[64]",
+    "test_shapes[shape3-",
+    "test_shapes[shape5-False-",
+    "test_named_cases[256 taps-",
+)
+
 _COMMON: dict[str, Any] = {
     "deadline": None,
     # one property on the base class runs for every op that inherits it
@@ -89,6 +101,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return backend != "cuda" or item.path.name in CUDA_FILES
 
     items[:] = [item for item in items if wanted(item)]
+    if backends.triton_interpreted():
+        for item in items:
+            if any(part in item.nodeid for part in INTERPRETED_SLOWLY):
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
