@@ -66,6 +66,11 @@ def test_sharded_models_are_refused_by_what_differentiates_twice() -> None:
     closed = ck.CAMEntropyLoss(model, process.LAYER)
     closed(model(images), targets).backward()  # the parameters are whole
     assert closed.head.startswith("closed form")
+    logits = model(images)
+    linear = model.head[2]  # type: ignore[index]
+    linear.weight.data = linear.weight.data.flatten()  # as FSDP leaves shards behind a forward
+    with pytest.raises(ck.TapError, match=r"reshard_after_forward=False.*DistributedDataParallel"):
+        closed(logits, targets)
 
 
 @pytest.mark.slow
