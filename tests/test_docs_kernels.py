@@ -133,5 +133,7 @@ def test_the_guides_op(tmp_path: Path) -> None:
         assert right in whole
         path.write_text(whole.replace(right, wrong))
         if triton:
-            broken = run(tmp_path, [*tests, "-x"], good=False, **RUNS["triton"])
+            # of these, since Hypothesis would look for the smallest failing example for minutes
+            few = [*tests, "-x", "-k", "known_values or every_output"]
+            broken = run(tmp_path, few, good=False, **RUNS["triton"])
             assert broken.returncode == 1, wrong
