@@ -222,7 +222,7 @@ class Place:
     """What is compiled, and what tells that it was: a name in the graphs."""
 
     make: Callable[..., Setting]
-    marks: tuple[str, ...] = ("conv2d", "convolution")
+    marks: tuple[str, ...] = ("conv2d",)  # of forwards: PyTorch calls it convolution in backwards
     explains: bool = True
     """Explainers have this place too."""
 
