@@ -63,6 +63,8 @@ INTERPRETED_SLOWLY = (
     "test_shapes[shape5-False-",
     "test_named_cases[256 taps-",
 )
+# The reference against the reference in float64.
+COMPARED_WITH_ITSELF = ("::test_extremes[reference]",)
 
 _COMMON: dict[str, Any] = {
     "deadline": None,
@@ -101,10 +103,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return backend != "cuda" or item.path.name in CUDA_FILES
 
     items[:] = [item for item in items if wanted(item)]
-    if backends.triton_interpreted():
-        for item in items:
-            if any(part in item.nodeid for part in INTERPRETED_SLOWLY):
-                item.add_marker(pytest.mark.slow)
+    slow = INTERPRETED_SLOWLY if backends.triton_interpreted() else COMPARED_WITH_ITSELF
+    for item in items:
+        if any(part in item.nodeid for part in slow):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

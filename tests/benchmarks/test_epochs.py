@@ -66,6 +66,7 @@ def test_ratios_are_taken_within_a_round_and_held_against_targets(tmp_path: Path
     assert plot.plot(loaded, path.with_suffix(".png")).is_file()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["--quick", "--root", str(tmp_path / "nowhere"), "--output", str(tmp_path)]
     assert epochs.main(arguments) == 1

@@ -209,6 +209,7 @@ def test_the_table_has_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 @pytest.mark.skipif(backends.triton_interpreted(), reason="compiles outside of the interpreter")
+@pytest.mark.slow  # tests/ops/test_triton_compile.py sees spills and widths in every run
 def test_a_few_kernels_are_no_worse_than_the_table() -> None:
     same_triton()
     found = kernels.compile_group(90, "few")["compiled"]

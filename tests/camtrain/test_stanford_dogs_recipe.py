@@ -243,6 +243,7 @@ def test_explain_and_evaluate_take_the_run(on_dogs: Tiny, kennel: TinyDogs, tmp_
     assert (tmp_path / "maps" / f"{picture.stem}_gradcam.png").is_file()
 
 
+@pytest.mark.slow  # as in the other recipes' tests
 def test_a_resumed_run_equals_one_that_was_not_interrupted(on_dogs: Tiny, tmp_path: Path) -> None:
     whole = fit(on_dogs(epochs=2, out=str(tmp_path / "whole")), quiet=True)
     part = on_dogs(out=str(tmp_path / "part"))

@@ -289,7 +289,11 @@ else:
 """
 
 
-@pytest.mark.parametrize("code", [USE, ABSENT], ids=["use", "absent"])
+@pytest.mark.parametrize(
+    "code",
+    [pytest.param(USE, marks=pytest.mark.slow), ABSENT],
+    ids=["use", "absent"],
+)
 def test_matplotlib_is_an_extra_and_stays_as_it_was(
     code: str, python: str, subprocess_environment: dict[str, str]
 ) -> None:
