@@ -36,7 +36,7 @@ def _maps(count: int, options: Options) -> Tensor:
 
 def _ours(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, steps: int) -> Side:
     def run() -> list[Tensor]:
-        score = metrics.class_score(model, targets, fused=True)
+        score = metrics.class_score(model, targets)
         return [metrics.insertion_auc(score, images, maps, steps=steps)]
 
     return Side(run)

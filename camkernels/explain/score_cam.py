@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from camkernels import functional
 from camkernels.explain._images import Fusion, ImageMaps, check_fusion, resized
 from camkernels.explain._run import Logits, Targets, chosen, logits_of, make_scores, scores
-from camkernels.explain._twin import fused_twin
 from camkernels.taps.evaluate import ReshapeTransform, spatial
 from camkernels.taps.modules import LayerLike, find_layers, unwrap
 from camkernels.taps.tap import Tap
@@ -27,10 +26,9 @@ class ScoreCAM(ImageMaps):
     every score.) A channel that is constant over the image leaves nothing of it visible: all of
     them together cost one image.
 
-    Costs one forward of an image per channel; convolution, BatchNorm, sum and ReLU of these are one
-    pass over memory, where :func:`camkernels.swap_in` can make them so of a model without hooks.
-    ``memory_format`` is that of the masked images: with ``torch.channels_last`` convolutions may
-    run faster (a model that calls ``view`` on feature maps cannot take it).
+    Costs one forward of an image per channel. ``memory_format`` is that of the masked images: with
+    ``torch.channels_last`` convolutions may run faster (a model that calls ``view`` on feature maps
+    cannot take it).
 
     Args:
         model: the classifier; DistributedDataParallel and ``torch.compile`` wrappers are opened.
@@ -125,8 +123,7 @@ class ScoreCAM(ImageMaps):
             0, 1
         )
         seen = (span != 0).flatten().nonzero()[:, 0]  # NaN too
-        forward = fused_twin(self.model)
-        blank = logits_of(forward(images.new_zeros(1, *images.shape[1:])), logits)
+        blank = logits_of(self.model(images.new_zeros(1, *images.shape[1:])), logits)
         everyone = torch.arange(batch, device=images.device)
         found = score(blank.expand(batch, -1), everyone)[:, None].repeat(1, channels).flatten()
         for part in seen.split(batch_size):
@@ -137,7 +134,7 @@ class ScoreCAM(ImageMaps):
             )
             large = resized(masks[part], size).to(images.dtype)[:, None]
             torch.mul(images[owner], large, out=masked)
-            found[part] = score(logits_of(forward(masked), logits), owner)
+            found[part] = score(logits_of(self.model(masked), logits), owner)
         return found.view(batch, channels)
 
     def _images_at_once(self, batch_size: int | None) -> int | None:

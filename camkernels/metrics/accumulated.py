@@ -62,8 +62,6 @@ class _OfModel(_Means):
     The model is held, not registered: it is no part of the metric's state, and stays where it is.
     """
 
-    _fused = False  # worth it where each picture is asked about many times
-
     def __init__(
         self,
         model: nn.Module,
@@ -98,7 +96,7 @@ class _OfModel(_Means):
             parts = images.split(self._batch_size) if len(images) else (images,)
             logits = torch.cat([logits_of(model(part), self._logits) for part in parts])
             classes = chosen(logits, targets)
-            one = curves.class_score(model, classes, self._logits, fused=self._fused)
+            one = curves.class_score(model, classes, self._logits)
 
             def score(pictures: Tensor, owner: Tensor) -> Tensor:
                 pairs = zip(
@@ -167,8 +165,6 @@ class RemovalChange(_OfModel):
 
 class InsertionAUC(_OfModel):
     """Mean insertion AUC, see :func:`camkernels.metrics.insertion_auc`; the more, the better."""
-
-    _fused = True
 
     def __init__(self, model: nn.Module, *, steps: int = 224, **options: Any) -> None:
         super().__init__(model, **options)

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from camkernels.explain._run import Logits, logits_of
-from camkernels.explain._twin import fused_twin
 from camkernels.metrics.regions import enlarged
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -157,28 +156,14 @@ def deletion_auc(
     return area_under(*curve, maps)
 
 
-def class_score(
-    model: torch.nn.Module,
-    classes: Tensor,
-    logits: Logits | None = None,
-    *,
-    fused: bool = False,
-) -> Score:
+def class_score(model: torch.nn.Module, classes: Tensor, logits: Logits | None = None) -> Score:
     """The softmax score of ``classes`` (B,) by ``model``, in the mode that it is in.
 
-    Args:
-        model: the classifier.
-        classes: (B,) int64.
-        logits: takes the logits (B, C) out of what the model returns, where that is no tensor.
-        fused: for many pictures: convolution, BatchNorm, sum and ReLU as one pass, in modules of
-            its own over the model's parameters, made once, of the model as it is now. Nothing of
-            the model is changed; a model in training mode, with hooks or with a patched forward
-            runs as it is.
+    ``logits`` takes the logits (B, C) out of what the model returns, where that is no tensor.
     """
-    forward = fused_twin(model) if fused else model
 
     def score(images: Tensor, owner: Tensor) -> Tensor:
-        share = logits_of(forward(images), logits).softmax(1)
+        share = logits_of(model(images), logits).softmax(1)
         return share.gather(1, classes[owner, None])[:, 0]
 
     return score

@@ -185,7 +185,7 @@ def _rows(
     chosen = [i for i, index in enumerate(indices) if index in inserted]
     if chosen:
         areas = insertion_auc(
-            class_score(model, logits[chosen].argmax(1), fused=True),
+            class_score(model, logits[chosen].argmax(1)),
             images[chosen],
             maps[chosen],
             steps=config.insertion_steps,

@@ -168,7 +168,7 @@ def _score(
     targets = batch["targets"].to(images.device)
     predicted = logits.argmax(1)
     classes = targets if options.target == "true" else predicted
-    one = metrics.class_score(network.model, classes, fused=True)
+    one = metrics.class_score(network.model, classes)
 
     def score(pictures: Tensor, owner: Tensor) -> Tensor:
         pairs = zip(

@@ -102,11 +102,12 @@ class Classifier(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step, config.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         """Step, and free the gradients at once: Lightning keeps them through the next forward."""
-        super().optimizer_step(*args, **kwargs)
-        for parameter in self.parameters():
-            parameter.grad = None
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def on_train_epoch_start(self) -> None:
         """What a recipe draws or counts anew."""

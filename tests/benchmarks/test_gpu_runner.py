@@ -232,7 +232,7 @@ def test_predictions_are_read_from_the_committed_table() -> None:
 
 
 def test_a_trial_steps_and_survives_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="make test installs it")
     trial = largest.Trial("CAM entropy at layer4, eager", "cpu", "resnet18", 32)
     assert trial.runs(2)
 

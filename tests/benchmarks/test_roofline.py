@@ -55,7 +55,7 @@ def test_products_of_a_step() -> None:
 
 @pytest.mark.slow
 def test_a_plain_step_of_resnet18_is_three_passes_over_its_convolutions() -> None:
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="make test installs it")
     found = roofline.count("resnet18", 2, 64, (5, 32), {PLAIN: loops.plain})
     (work,) = found.values()
     forward = 2 * 1.814e9 * (64 / 224) ** 2 * 2  # multiply-adds of torchvision's table, two images

@@ -18,8 +18,6 @@ import camkernels as ck
 class Net(nn.Module):
     """The tapped layer has a dead channel, and one that is constant but not zero."""
 
-    calls = 0  # of all networks: copies count too
-
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
@@ -31,10 +29,10 @@ class Net(nn.Module):
             self.body[0].weight[1:3] = 0
             self.body[0].bias[1:3] = torch.tensor([-1.0, 0.7])
             self.head[0].weight *= 6
-        Net.calls = 0
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        Net.calls += len(x)
+        self.calls += len(x)
         logits: Tensor = self.head(self.body(x))
         return logits
 
@@ -70,10 +68,10 @@ def test_score_cam_by_hand(score: str, memory_format: Any, layer: str) -> None:
     expected = torch.stack(maps).detach()
     with ck.ScoreCAM(model, layer, score=score, memory_format=memory_format) as cam:
         for batch_size in (None, 1, 5):
-            Net.calls = 0
+            model.calls = 0
             torch.testing.assert_close(cam.explain(x, TARGETS, batch_size=batch_size), expected)
             live, groups = 4, 3 if batch_size == 1 else 1
-            assert Net.calls == 3 + 3 * live + groups  # all constant channels are one image
+            assert model.calls == 3 + 3 * live + groups  # all constant channels are one image
     signed = ck.ScoreCAM(model, layer, score=score, relu=False).explain(x, TARGETS)
     torch.testing.assert_close(signed.relu(), expected)
 
