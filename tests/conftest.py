@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,31 @@ def subprocess_environment() -> dict[str, str]:
 def python() -> str:
     """The interpreter, for processes that a test starts."""
     return sys.executable
+
+
+@pytest.fixture
+def two_processes(
+    tmp_path: Path, subprocess_environment: dict[str, str], python: str
+) -> Callable[[str], None]:
+    """Runs a program as two processes to their ends: ``program RANK 2 tmp_path``."""
+
+    def run(program: str) -> None:
+        running = [
+            subprocess.Popen(
+                [python, program, str(rank), "2", str(tmp_path)], env=subprocess_environment,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            for started in running:
+                output, _ = started.communicate(timeout=400)
+                assert started.returncode == 0, output
+        finally:
+            for started in running:
+                started.kill()
+
+    return run
 
 
 def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import engine.engine_process as process
@@ -36,19 +36,8 @@ def _alone(images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], dict[str
     return gradients, dict(model.named_buffers())
 
 
-def test_two_processes_equal_one(
-    tmp_path: Path, subprocess_environment: dict[str, str], python: str
-) -> None:
-    running = [
-        subprocess.Popen(
-            [python, process.__file__, str(rank), "2", str(tmp_path)],
-            env=subprocess_environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for started in running:
-        _, errors = started.communicate(timeout=240)
-        assert started.returncode == 0, errors
+def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[[str], None]) -> None:
+    two_processes(process.__file__)
     images, targets = process.data()
     gradients, buffers = _alone(images, targets)
     half, _ = _alone(images[:4], targets[:4])

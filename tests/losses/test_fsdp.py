@@ -3,7 +3,7 @@ refused."""
 
 from __future__ import annotations
 
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import fsdp_process as process
@@ -78,17 +78,8 @@ def test_sharded_models_are_refused_by_what_differentiates_twice() -> None:
     backends.unavailable_reason("cpu") is not None or backends.triton_interpreted(),
     reason="needs the C++ kernels, in a process that does not interpret Triton",
 )
-def test_two_processes(tmp_path: Path, subprocess_environment: dict[str, str], python: str) -> None:
-    running = [
-        subprocess.Popen(
-            [python, process.__file__, str(rank), "2", str(tmp_path)],
-            env=subprocess_environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for started in running:
-        _, errors = started.communicate(timeout=400)
-        assert started.returncode == 0, errors
+def test_two_processes(tmp_path: Path, two_processes: Callable[[str], None]) -> None:
+    two_processes(process.__file__)
     right, refused = torch.load(tmp_path / "found.pt")
     assert set(right) == set(process.RIGHT)
     truth = {name: _alone(name) for name in {name for _, name in right}}

@@ -6,8 +6,8 @@ import copy
 import gc
 import io
 import pickle
-import subprocess
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -285,26 +285,9 @@ def test_channels_last() -> None:
 
 
 def test_two_processes_with_synchronised_statistics_equal_one_with_all_the_batch(
-    tmp_path: Path, python: str, subprocess_environment: dict[str, str]
+    tmp_path: Path, two_processes: Callable[[str], None]
 ) -> None:
-    command = [python, process.__file__]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path)],
-            env=subprocess_environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            output = worker.communicate(timeout=300)[0]
-            assert worker.returncode == 0, output
-    finally:
-        for worker in workers:
-            worker.kill()
+    two_processes(process.__file__)
     found = torch.load(tmp_path / "gradients.pt")
     for index, (error, inner) in enumerate(process.SETTINGS):
         model = ck.swap_in(process.network())
