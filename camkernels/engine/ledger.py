@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
-_BLANKS = "_camkernels_blank"
+# Channels of images that oneDNN's first convolutions read as they lie.
+_PICTURES = (1, 3)
 # A page: smaller allocations share pages that stay.
 _PAGE = 4096
 
@@ -100,17 +101,37 @@ def _bytes(tensor: Any) -> int:
 
 
 def _workspace(func: Any, args: tuple[Any, ...], result: Any, device: str) -> int:
-    """Of oneDNN: blocked copies of what is not channels_last."""
-    if device != "cpu":
+    """Of oneDNN, with the results: blocked copies of what is not channels_last. What was read is
+    freed before a blocked result is written out."""
+    backward = func is not _CONVOLUTIONS[0]
+    x, weight = args[backward], args[backward + 1]
+    if device != "cpu" or _as_matrices(x, weight, args):
         return 0
-    outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-    if func is _CONVOLUTIONS[0]:
-        touched = [args[0], args[1], *outputs]
-    else:
-        grad, x, weight, mask = args[0], args[1], args[2], args[-1]
-        touched = [grad, *outputs, *([weight] if mask[0] else []), *([x] if mask[1] else [])]
-    blocked = [
-        t for t in touched
-        if not t.is_contiguous(memory_format=torch.channels_last) and t.shape[2:] != (1, 1)
-    ]  # fmt: skip
-    return sum(map(_bytes, touched if blocked else []))
+    read = 0 if x.shape[1] in _PICTURES and weight.shape[1] == x.shape[1] else _bytes(x)
+    if not backward:
+        if not _blocked(x, weight, result):
+            return 0
+        return max(read + _bytes(weight) + _bytes(result), 2 * _bytes(result))
+    grad, (dx, dw, _) = args[0], result
+    if not _blocked(grad, x, weight):
+        return 0
+    strided = max(weight.shape[2:]) == 1 and grad.shape[2:] != x.shape[2:]
+    data = max(_bytes(grad) + _bytes(weight) + _bytes(dx), (3 if strided else 2) * _bytes(dx))
+    weights = _bytes(dx) + _bytes(grad) + read + _bytes(dw)
+    return max(data if dx is not None else 0, weights if dw is not None else 0)
+
+
+def _blocked(*tensors: Tensor) -> bool:
+    return any(
+        not t.is_contiguous(memory_format=torch.channels_last) and t.shape[2:] != (1, 1)
+        for t in tensors
+    )
+
+
+def _as_matrices(x: Tensor, weight: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether PyTorch multiplies matrices where they lie: 1x1 convolutions of fewer than 16 images
+    on one thread (``ConvParams::use_mkldnn``)."""
+    pairs = [a for a in args if isinstance(a, (list, tuple)) and len(a) == 2]
+    stride, dilation = pairs[0], pairs[2]
+    plain = set(stride) | set(dilation) == {1}
+    return weight.shape[2:] == (1, 1) and plain and len(x) < 16 and torch.get_num_threads() == 1
