@@ -303,7 +303,7 @@ def _leaf(module: Any) -> tuple[str, dict[str, Any]] | None:
         return "bn", {"relu": module.relu}
     if kind in ("relu", "identity"):
         return kind, {}
-    if type(module) is nn.MaxPool2d and not module.return_indices:
+    if type(module) in (nn.MaxPool2d, modules.MaxPool2d) and not module.return_indices:
         return "max_pool", _max_pool(
             module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
         )

@@ -19,13 +19,13 @@ RELU_FUNCTIONS = (F.relu, torch.relu, F.relu_, torch.relu_)
 RELU_METHODS = ("relu", "relu_")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add, IN_PLACE["iadd"])
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
-# What keeps its input for its own backward.
+# What keeps its input for its own backward (max-pooling: where it is left PyTorch's).
 _KEEPERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear, nn.MaxPool2d,
 )  # fmt: skip
 # Their outputs are new memory and their inputs are left alone.
-_FRESH_KINDS = {"conv", "bn", "sync_bn"}
+_FRESH_KINDS = {"conv", "bn", "sync_bn", "max_pool"}
 
 
 @dataclass
@@ -100,7 +100,7 @@ def output_is_kept(traced: Traced, node: Node) -> bool:
     """Whether some consumer of ``node`` keeps it for its own backward anyway."""
     for user in node.users:
         module = traced.module(user)
-        if isinstance(module, _KEEPERS):
+        if isinstance(module, _KEEPERS) and kind_of(module) != "max_pool":
             weight = getattr(module, "weight", None)
             if weight is None or weight.requires_grad:
                 return True

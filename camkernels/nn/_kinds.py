@@ -19,12 +19,14 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: modules.Conv2d,
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.SyncBatchNorm: modules.SyncBatchNorm,
+    nn.MaxPool2d: modules.MaxPool2d,
 }
 _KINDS: dict[type[nn.Module], str] = {
     modules.ReLU: "relu",
     modules.Conv2d: "conv",
     modules.BatchNorm2d: "bn",
     modules.SyncBatchNorm: "sync_bn",
+    modules.MaxPool2d: "max_pool",
     nn.Identity: "identity",
 }
 _ACTIVATIONS = (
@@ -51,6 +53,8 @@ def target_of(module: nn.Module) -> type[nn.Module] | None:
     conv: Any = module
     if kind is nn.Conv2d and modules.symmetric_padding(conv) is None:
         return None
+    if kind is nn.MaxPool2d and modules.pooling_window(module) is None:  # type: ignore[arg-type]
+        return None
     if kind in _SWAPS:
         return _SWAPS[kind]
     timm = _timm()
@@ -66,7 +70,8 @@ def _known_activation(module: Any) -> bool:
 
 def kind_of(module: nn.Module) -> str | None:
     """What ``module`` is, or will be once swapped: ``"conv"``, ``"bn"``, ``"sync_bn"``,
-    ``"bn_act"`` (timm's, without activation), ``"bn_relu"``, ``"relu"``, ``"identity"``, None."""
+    ``"bn_act"`` (timm's, without activation), ``"bn_relu"``, ``"relu"``, ``"max_pool"``,
+    ``"identity"``, None."""
     kind = target_of(module) or type(module)
     if kind in _KINDS:
         return _KINDS[kind]
@@ -116,6 +121,14 @@ def left_alone_reason(module: nn.Module) -> str | None:
         mode, padding = module.padding_mode, module.padding
         return (
             f"padding_mode={mode!r}" if mode != "zeros" else f"padding={padding!r}, not symmetric"
+        )
+    if kind is nn.MaxPool2d:
+        return (
+            "return_indices=True"
+            if module.return_indices
+            else (
+                f"kernel_size={module.kernel_size!r}: our positions number 256 elements of a window"
+            )
         )
     if isinstance(module, tuple(_SWAPS)):
         return f"of class {kind.__name__}, a subclass whose forward may differ"

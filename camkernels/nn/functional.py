@@ -28,6 +28,8 @@ from camkernels.ops.batch_norm_relu.recipe import Recipe, attach
 from camkernels.ops.conv2d.op import ConvSpec
 from camkernels.ops.conv2d.op import conv2d as _conv2d
 from camkernels.ops.conv_bn_act.op import ConvBNActFunction
+from camkernels.ops.max_pool.op import max_pool2d as _max_pool2d
+from camkernels.ops.max_pool.op import window_of
 from camkernels.ops.relu.op import relu as _relu
 
 Pair = int | Sequence[int]
@@ -98,6 +100,38 @@ def conv2d(
     spec = _conv_spec(stride, padding, dilation, groups)
     input, weight, bias = _convolution_inputs(input, weight, bias)
     return _conv2d(input, weight, bias, spec)
+
+
+@_eager
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Max pooling that keeps one byte per window for its derivatives of every order.
+
+    PyTorch's keeps the input and an int64 index.
+
+    Args:
+        input: (B, C, H, W), contiguous or channels_last (another layout is copied once).
+        kernel_size, stride, padding, dilation, ceil_mode: as ``torch.nn.functional.max_pool2d``.
+
+    Raises:
+        TypeError: a dtype that is not floating. ValueError: more than 256 elements in a window, a
+        window that covers no pixel, other shapes.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.nn.functional.max_pool2d(torch.arange(4.0).view(1, 1, 2, 2), 2).item()
+        3.0
+    """
+    kernel = _pair("kernel_size", kernel_size, 1)
+    steps = kernel if stride is None else _pair("stride", stride, 1)
+    padded, spread = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    return _max_pool2d(input, window_of(kernel, steps, padded, spread, bool(ceil_mode)))
 
 
 @_eager

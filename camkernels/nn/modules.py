@@ -15,6 +15,8 @@ import torch.fx
 from torch import Tensor, nn
 
 from camkernels.nn import functional as F
+from camkernels.ops.max_pool.op import window_of
+from camkernels.ops.max_pool.reference import Window
 
 
 def is_plain_tensor(value: object) -> bool:
@@ -97,6 +99,49 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(
             input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
+
+
+def pooling_window(pool: nn.MaxPool2d) -> Window | None:
+    """Of a module whose windows our kernels take; else None."""
+    if pool.return_indices:
+        return None
+    kernel, stride, padding, dilation = (
+        (value, value) if isinstance(value, int) else (value[0], value[1])
+        for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    )
+    try:
+        return window_of(kernel, stride, padding, dilation, bool(pool.ceil_mode))
+    except ValueError:
+        return None
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Max pooling that keeps one byte per window, and not its input.
+
+    The arguments are those of ``nn.MaxPool2d``. With ``return_indices``, windows of more than 256
+    elements or beside all pixels, inputs that are not (B, C, H, W) or not floating: PyTorch's.
+
+    Example:
+        >>> import torch, camkernels as ck
+        >>> ck.nn.MaxPool2d(2)(torch.rand(2, 3, 9, 9)).shape
+        torch.Size([2, 3, 4, 4])
+    """
+
+    def forward(self, input: Tensor) -> Any:
+        window = pooling_window(self)
+        if window is None or not is_plain_tensor(input) or not _poolable(input, window):
+            return super().forward(input)
+        return F.max_pool2d(input, *window.arguments)
+
+
+def _poolable(input: Tensor, window: Window) -> bool:
+    if input.dim() != 4 or not input.is_floating_point() or 0 in input.shape[1:]:
+        return False
+    try:
+        window.output_size(input.shape[2], input.shape[3])
+    except ValueError:
+        return False
+    return True
 
 
 def normalization_arguments(bn: Any) -> dict[str, Any]:

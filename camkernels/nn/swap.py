@@ -29,7 +29,7 @@ _PATCHED = "it is patched on the instance"
 def swap_in(model: nn.Module, engine: bool = False, memory: str | int | None = None) -> nn.Module:
     """Make ``model`` cheap to differentiate twice, and guidable, in place.
 
-    ReLU, Conv2d, BatchNorm2d, SyncBatchNorm and timm's BatchNormAct2d become those of
+    ReLU, Conv2d, BatchNorm2d, SyncBatchNorm, MaxPool2d and timm's BatchNormAct2d become those of
     ``camkernels.nn`` by a change of class, so parameters, buffers, hooks, state_dict keys and
     references from optimizers stay. Convolution, BatchNorm, sum and ReLU that follow each other in
     a container run as one, and functional ReLUs become guidable, where ``torch.fx`` can trace the
@@ -248,7 +248,7 @@ def _is_candidate(container: nn.Module) -> bool:
         for child in pending.pop()._modules.values():
             if child is None:
                 continue
-            if _kinds.kind_of(child) not in (None, "conv", "identity"):
+            if _kinds.kind_of(child) not in (None, "conv", "max_pool", "identity"):
                 return True
             if isinstance(child, nn.Sequential) or not _has_forward(child):
                 pending.append(child)
