@@ -131,7 +131,8 @@ class MaxPool2d(nn.MaxPool2d):
         window = pooling_window(self)
         if window is None or not is_plain_tensor(input) or not _poolable(input, window):
             return super().forward(input)
-        return F.max_pool2d(input, *window.arguments)
+        steps = window.stride, window.padding, window.dilation, window.ceil_mode
+        return F.max_pool2d(input, window.kernel, *steps)
 
 
 def _poolable(input: Tensor, window: Window) -> bool:
