@@ -117,7 +117,7 @@ def _workspace(func: Any, args: tuple[Any, ...], result: Any, device: str) -> in
         return 0
     strided = max(weight.shape[2:]) == 1 and grad.shape[2:] != x.shape[2:]
     data = max(_bytes(grad) + _bytes(weight) + _bytes(dx), (3 if strided else 2) * _bytes(dx))
-    weights = _bytes(dx) + _bytes(grad) + read + _bytes(dw)
+    weights = _bytes(dx) + max(_bytes(grad) + read + _bytes(dw), 2 * _bytes(dw))
     return max(data if dx is not None else 0, weights if dw is not None else 0)
 
 
