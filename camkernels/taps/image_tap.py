@@ -70,10 +70,12 @@ class ImageTap:
         self._joins = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ImageTap:
-        return ImageTap(copy.deepcopy(self.model, memo), self.input)
+        # A bound method is copied with its object: the copy joins what the copied owner draws.
+        model, join = copy.deepcopy((self.model, self.join), memo)
+        return ImageTap(model, self.input, join)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ImageTap, (self.model, self.input)
+        return ImageTap, (self.model, self.input, self.join)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._quiet:

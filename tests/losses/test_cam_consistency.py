@@ -339,21 +339,30 @@ def test_stale_logits() -> None:
         criterion(logits, targets)
 
 
-def test_copies_and_pickles() -> None:
-    model = SmallNet()
-    criterion = ck.CAMConsistencyLoss(model, "body", alpha=0.3, **SMALL)
-    images, targets = batch(side=SIDE, dtype=torch.float32)
+@pytest.mark.parametrize("views", ["separate", "joint"])
+def test_copies_and_pickles(views: str) -> None:
+    model = SmallNet().double()
+    criterion = ck.CAMConsistencyLoss(model, "body", alpha=0.3, views=views, **SMALL)
+    images, targets = batch(side=SIDE)
     criterion(model(images), targets)
     copied = copy.deepcopy(criterion)
     buffer = io.BytesIO()
     torch.save(criterion, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    for other in (copied, loaded):
-        assert other.alpha == 0.3
-        inner = other._images.model
-        assert inner is other._tap.model
-        other(inner(images), targets).backward()
+    found = []
+    for one in (copied, loaded, criterion):
+        assert one.alpha == 0.3
+        inner = one._images.model
+        assert inner is one._tap.model
+        before = int(inner.body[1].num_batches_tracked)
+        one.use(BOXES, FLIPS)
+        loss = one(inner(images), targets)
+        forwards = int(inner.body[1].num_batches_tracked) - before
+        assert forwards == (1 if views == "joint" else 2)
+        found.append(parameter_gradients(inner, loss))
+    assert largest_difference(found[0], found[2]) <= 1e-12
+    assert largest_difference(found[1], found[2]) <= 1e-12
 
 
 def test_scores_are_of_evaluation_mode_and_leave_the_model_alone() -> None:
