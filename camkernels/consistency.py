@@ -274,6 +274,11 @@ def check_window(window: str, window_size: int, sigma: float, padding: str) -> N
     _window((1, 1), 1.0, window, window_size, sigma, 0.01, 0.03, padding)
 
 
+def check_view(boxes: object, flips: object, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (int64) and flips of these images (B, C, H, W), or raise as :func:`warp` does."""
+    return _boxes(boxes, flips, images, (images.shape[2], images.shape[3]))
+
+
 def _backend(leader: Tensor) -> str:
     return "" if torch.compiler.is_compiling() else backends.resolve(leader.device, leader.dtype)
 

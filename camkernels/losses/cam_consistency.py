@@ -13,6 +13,7 @@ from camkernels import consistency as C
 from camkernels import modes
 from camkernels.losses._common import check_choice, loss_of, reduce
 from camkernels.losses._contrast import contrast
+from camkernels.losses._trivial import trivial
 from camkernels.taps.evaluate import Evaluator, ReshapeTransform
 from camkernels.taps.image_tap import ImageTap
 from camkernels.taps.modules import LayerLike
@@ -25,9 +26,6 @@ _TARGETS = ("predicted", "true")
 _DISTANCES = ("ssim", "contrastive")
 _NORMALIZATIONS = ("minmax", "none")
 _VIEWS = ("separate", "joint")
-# A map whose range is below this share of its largest value is uniform, and so is one that covers
-# more than that share of the picture once it is scaled to [0, 1].
-_UNIFORM, _COVERED = 1e-2, 0.8
 
 
 class CAMConsistencyLoss(nn.Module):
@@ -154,19 +152,46 @@ class CAMConsistencyLoss(nn.Module):
         self._images = ImageTap(model, input, join)
         self._evaluate = Evaluator(self._tap, relu, reshape_transform)
         self._drawn: View | None = None
-        self._next: View | None = None
+        self._next: tuple[Tensor, Tensor | None] | None = None
         self._terms: dict[str, Tensor] = {}
         self._scores: Tensor | None = None
 
     # -- views ---------------------------------------------------------------------------------
 
     def _draw(self, images: Tensor) -> View:
-        view = View(*self.transform(images.shape[0], images.shape[2], images.shape[3]))
-        return view.to(images.device)
+        found = self.transform(images.shape[0], images.shape[2], images.shape[3])
+        if len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
+            got = ", ".join(type(part).__name__ for part in found)
+            raise TypeError(
+                f"transform: expected it to return two tensors, boxes and flips, got {got}"
+            )
+        return View(*found).to(images.device)
 
-    def _make(self, images: Tensor, view: View) -> Tensor:
+    def _view(
+        self, images: Tensor, boxes: Tensor | None = None, flips: Tensor | None = None
+    ) -> View:
+        """Parameters for these images: of their joint forward, or given, or waiting, or drawn. The
+        one place where they are checked, also where no view is made of them."""
         if images.dim() != 4:
             raise ValueError(f"images: expected (B, C, H, W), got {tuple(images.shape)}")
+        if boxes is None and flips is not None:
+            raise ValueError("flips: recorded parameters need boxes too, got none")
+        if boxes is not None and self.views == "joint":
+            raise ValueError(
+                "boxes: with views='joint' they must be known before the forward; call "
+                "criterion.use(boxes, flips) before model(x)"
+            )
+        if self._images.joined is not None:
+            assert self._drawn is not None  # by _join
+            return self._drawn
+        given = self._next if boxes is None else (boxes, flips)
+        try:
+            return View(*C.check_view(*(self._draw(images) if given is None else given), images))
+        except (TypeError, ValueError):
+            self._next = None  # or a refused one would be refused at every later forward
+            raise
+
+    def _make(self, images: Tensor, view: View) -> Tensor:
         with torch.no_grad():
             made = C.warp(images.detach(), *view, size=self._size(images))
         if torch.is_grad_enabled() and images.requires_grad and not modes.is_unread(images):
@@ -179,18 +204,20 @@ class CAMConsistencyLoss(nn.Module):
 
     def _join(self, images: Tensor) -> Tensor:
         """The views, for a forward of both."""
+        view = self._view(images)
         if self._size(images) != tuple(images.shape[2:]):
             raise ValueError(
                 f"size: views in one forward have the size of the images, {tuple(images.shape[2:])}"
                 f", got {self.size}"
             )
-        self._drawn = self._draw(images) if self._next is None else self._next
-        return self._make(images, self._drawn)
+        self._drawn = view
+        return self._make(images, view)
 
-    def use(self, boxes: Tensor, flips: Tensor) -> None:
+    def use(self, boxes: Tensor, flips: Tensor | None = None) -> None:
         """Take these parameters at the next forward in place of drawn ones; for
-        ``views="joint"``, where they must be known before the forward."""
-        self._next = View(boxes, flips)
+        ``views="joint"``, where they must be known before the forward. That forward raises where
+        they do not fit its images, and forgets them."""
+        self._next = boxes, flips
 
     # -- the loss ------------------------------------------------------------------------------
 
@@ -243,11 +270,11 @@ class CAMConsistencyLoss(nn.Module):
             compared = self.alpha != 0 or not enabled
             raw, other = self._maps(logits, classes, images, view, compared)
             first = self._normalized(raw)
-            dead, uniform = _trivial(raw)
+            dead, uniform = trivial(raw)
             weighted: list[Tensor] = []
             terms = {"cross_entropy": cross_entropy.detach().clone().mean()}
             if other is not None:
-                dead = dead | _trivial(other)[0]
+                dead = dead | trivial(other)[0]
                 distance, self._scores = self._distance(
                     first, self._normalized(other), view, images, valid & ~dead
                 )
@@ -278,21 +305,6 @@ class CAMConsistencyLoss(nn.Module):
         if self.target == "predicted":
             classes = logits.detach().argmax(1)
         return classes, valid
-
-    def _view(self, images: Tensor, boxes: Tensor | None, flips: Tensor | None) -> View:
-        if boxes is None:
-            if flips is not None:
-                raise ValueError("flips: recorded parameters need boxes too, got none")
-            if self._drawn is not None:
-                return self._drawn
-            return self._draw(images) if self._next is None else self._next
-        if self.views == "joint":
-            raise ValueError(
-                "boxes: with views='joint' they must be known before the forward; call "
-                "criterion.use(boxes, flips) before model(x)"
-            )
-        none = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        return View(boxes, none if flips is None else flips)
 
     def _maps(
         self, logits: Tensor, classes: Tensor, images: Tensor, view: View, compared: bool
@@ -367,16 +379,3 @@ class CAMConsistencyLoss(nn.Module):
 
     def __getstate__(self) -> Mapping[str, object]:
         return {**self.__dict__, "_terms": {}, "_scores": None, "_drawn": None, "_next": None}
-
-
-def _trivial(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Which maps are all zero, and which are not but say the same nearly everywhere; (B,) bool."""
-    values = maps.detach().flatten(1)
-    if not values.numel():
-        none = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-        return none, none
-    low, high = values.amin(1), values.amax(1)
-    span, largest = high - low, torch.maximum(low.abs(), high.abs())
-    dead = largest == 0
-    covers = values.mean(1) - low > _COVERED * span
-    return dead, ~dead & ((span <= _UNIFORM * largest) | covers)

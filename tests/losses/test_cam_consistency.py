@@ -9,66 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from consistency_oracle import BOXES, FLIPS, SIDE, eager_loss
 from nets import SmallNet, batch, largest_difference, model_and_twin, parameter_gradients
 from torch import Tensor, nn
 
 import camkernels as ck
 from camkernels.losses._contrast import contrast
-from camkernels.losses.cam_consistency import _trivial
+from camkernels.losses._trivial import trivial
 from camkernels.taps.views import View
 
-SIDE = 12
-BOXES = torch.tensor([[0, 0, 12, 12], [2, 3, 7, 6], [5, 1, 4, 9], [6, 6, 6, 6]])
-FLIPS = torch.tensor([False, True, True, False])
 SMALL = {"window_size": 3}
-
-
-def eager_maps(model: Any, images: Tensor, classes: Tensor, twice: bool) -> tuple[Tensor, Tensor]:
-    activations = model.body(images)
-    logits = model.fc(model.pool(activations))
-    score = logits.gather(1, classes[:, None]).sum()
-    (gradients,) = torch.autograd.grad(score, activations, create_graph=twice)
-    return logits, (gradients.mean((2, 3), keepdim=True) * activations).sum(1)
-
-
-def eager_loss(
-    model: nn.Module, images: Tensor, targets: Tensor, alpha: float, beta: float, p: float,
-    joint: bool = False, contrastive: bool = False,
-) -> Tensor:  # fmt: skip
-    """The loss as the paper writes it, in plain PyTorch."""
-    size = tuple(images.shape[2:])
-    views = torch.stack([
-        (lambda c, f: c.flip(-1) if f else c)(
-            F.interpolate(x[None, :, t : t + h, left : left + w], size, mode="bilinear")[0], flip
-        )
-        for x, (t, left, h, w), flip in zip(images, BOXES.tolist(), FLIPS.tolist(), strict=True)
-    ])  # fmt: skip
-    with torch.no_grad():
-        both = torch.cat([images, views]) if joint else images
-        state = copy.deepcopy(model.state_dict())
-        classes = model(both)[: len(images)].argmax(1)
-        model.load_state_dict(state)
-    if joint:
-        logits, maps = eager_maps(model, both, classes.repeat(2), True)
-        (first, second), logits = maps.chunk(2), logits[: len(images)]
-    else:
-        logits, first = eager_maps(model, images, classes, True)
-        _, second = eager_maps(model, views, classes, True)
-
-    def normal(m: Tensor) -> Tensor:
-        low, high = m.amin((1, 2), True), m.amax((1, 2), True)
-        return (m - low) / (high - low)
-
-    first, second = normal(first), normal(second)
-    up = F.interpolate(first[:, None], size, mode="bilinear")
-    norms = torch.linalg.vector_norm(up.flatten(1), p, dim=1)
-    with ck.backend("reference"):
-        u, v = ck.warp(up, BOXES, FLIPS), F.interpolate(second[:, None], size, mode="bilinear")
-        distance = 1 - ck.ssim(u, v, window_size=3)
-        if contrastive:
-            a, b = (F.normalize(t.flatten(1), dim=1) for t in (u, v))
-            distance = -torch.log_softmax(a @ b.t() / 0.5, 1).diagonal()
-    return F.cross_entropy(logits, targets) + alpha * distance.mean() + beta * norms.mean()
 
 
 def ours(
@@ -94,16 +44,6 @@ def test_parameter_gradients_equal_eager_autograd(head: str, views: str, p: floa
     assert largest_difference(found, parameter_gradients(twin, truth)) <= 1e-10
     closed = head in ("linear", "mlp")
     assert criterion.head.startswith("closed form" if closed else "autograd")
-
-
-def test_the_contrastive_distance() -> None:
-    model, twin = model_and_twin()
-    images, targets = batch(side=SIDE)
-    loss, criterion = ours(model, images, targets, alpha=3.0, beta=0.0, distance="contrastive")
-    truth = eager_loss(twin, images, targets, 3.0, 0.0, 1.0, contrastive=True)
-    found, wanted = parameter_gradients(model, loss), parameter_gradients(twin, truth)
-    assert largest_difference(found, wanted) <= 1e-10
-    assert criterion.consistency.shape == (4,)
 
 
 def test_contrast_leaves_out_samples_that_do_not_count() -> None:
@@ -187,10 +127,10 @@ def test_maps_that_cover_the_picture_are_uniform() -> None:
     maps[1, :4] = 0.0  # half of the picture: an explanation
     maps[2] = 0.0
     maps[2, 3, 3] = 1.0  # one pixel: a sparse one
-    dead, uniform = _trivial(maps)
+    dead, uniform = trivial(maps)
     assert not bool(dead.any())
     assert uniform.tolist() == [True, False, False]
-    assert _trivial(-maps)[1].tolist() == [False, False, True], "all but one pixel"
+    assert trivial(-maps)[1].tolist() == [False, False, True], "all but one pixel"
 
 
 def test_alpha_zero_is_measured_where_gradients_are_off() -> None:
@@ -314,17 +254,58 @@ def test_wrong_arguments() -> None:
     assert not model._forward_hooks, "a refused criterion left hooks"
 
 
-def test_views_recorded_for_another_batch() -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize("views", ["separate", "joint"])
+@pytest.mark.parametrize(
+    ("boxes", "flips", "error", "message"),
+    [
+        (BOXES[:2], FLIPS[:2], ValueError, r"boxes: expected \(4, 4\) for this.*got \(2, 4\)"),
+        (BOXES.tolist(), None, TypeError, "boxes: expected an int64 or int32 tensor.*got list"),
+        (BOXES.float(), None, TypeError, r"boxes: expected an int64.*got torch\.float32"),
+        (BOXES + 1, FLIPS, ValueError, r"boxes: sample 0 has.*\[1, 1, 13, 13\].*12 x 12 pixels"),
+        (BOXES, FLIPS[:2], ValueError, r"flips: expected \(4,\) for this batch, got \(2,\)"),
+        (BOXES, FLIPS.tolist(), TypeError, "flips: expected a bool tensor.*got list"),
+        (BOXES, FLIPS.long(), TypeError, r"flips: expected a bool tensor.*got torch\.int64"),
+    ],
+)
+def test_refused_parameters_are_told_and_forgotten(
+    boxes: Any, flips: Any, error: type[Exception], message: str, views: str, alpha: float
+) -> None:
+    model = SmallNet()
+    images, targets = batch(side=SIDE, dtype=torch.float32)
+    criterion = ck.CAMConsistencyLoss(model, "body", alpha, views=views, **SMALL)
+    criterion.use(boxes, flips)
+    with pytest.raises(error, match=message):
+        criterion(model(images), targets)
+    criterion(model(images), targets).backward()
+    if views == "separate":
+        with pytest.raises(error, match=message):
+            criterion(model(images), targets, boxes, flips)
+
+
+def test_parameters_in_the_wrong_place() -> None:
     model = SmallNet()
     images, targets = batch(side=SIDE, dtype=torch.float32)
     criterion = ck.CAMConsistencyLoss(model, "body", **SMALL)
-    with pytest.raises(ValueError, match=r"boxes: expected \(4, 4\) for this batch"):
-        criterion(model(images), targets, BOXES[:2], FLIPS[:2])
     with pytest.raises(ValueError, match="flips: recorded parameters need boxes"):
         criterion(model(images), targets, None, FLIPS)
+    criterion.transform = lambda batch, height, width: (BOXES.tolist(), FLIPS)
+    with pytest.raises(TypeError, match=r"transform: expected .* two tensors.* got list, Tensor"):
+        criterion(model(images), targets)
+    criterion.close()
     joint = ck.CAMConsistencyLoss(model, "body", views="joint", **SMALL)
     with pytest.raises(ValueError, match=r"criterion\.use"):
         joint(model(images), targets, BOXES, FLIPS)
+
+
+def test_views_of_a_forward_that_got_no_loss_are_not_those_of_the_next() -> None:
+    model = SmallNet()
+    images, targets = batch(side=SIDE, dtype=torch.float32)
+    criterion = ck.CAMConsistencyLoss(model, "body", views="joint", **SMALL)
+    model(images)
+    with torch.no_grad():  # no joint forward, hence views of its own
+        criterion(model(images[:2]), targets[:2])
+    assert criterion.consistency.shape == (2,)
 
 
 def test_stale_logits() -> None:
