@@ -269,9 +269,11 @@ def check_order(p: float) -> None:
     _lp_reference.check_order(p)
 
 
-def check_window(window: str, window_size: int, sigma: float, padding: str) -> None:
+def check_window(
+    window: str, window_size: int, sigma: float, padding: str, data_range: float
+) -> None:
     """Raise where :func:`ssim` would."""
-    _window((1, 1), 1.0, window, window_size, sigma, 0.01, 0.03, padding)
+    _window((1, 1), data_range, window, window_size, sigma, 0.01, 0.03, padding)
 
 
 def check_view(boxes: object, flips: object, images: Tensor) -> tuple[Tensor, Tensor]:

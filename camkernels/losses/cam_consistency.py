@@ -71,12 +71,18 @@ class CAMConsistencyLoss(nn.Module):
             cosines of t(Phi(x_i)) and Phi(t(x_j)) over ``temperature``.
         views: ``"separate"`` or ``"joint"``, see above.
         window, window_size, sigma, padding: of :func:`camkernels.ssim`.
+        data_range: of :func:`camkernels.ssim`, the range of the compared maps: 1 for maps scaled to
+            [0, 1], as ``normalize="minmax"`` makes them. Raw maps (``"none"``) need their own, say
+            the span of the first batches': with 1, small ones vanish beside SSIM's constants C1 and
+            C2, look all alike, and have next to no gradient. Of the contrastive distance it changes
+            only the SSIM that is reported.
         weight, ignore_index, reduction, label_smoothing: as for ``nn.CrossEntropyLoss``; ignored
             samples have no consistency. input: name or position of the model's argument that holds
             the images. reshape_transform, head: as for :class:`camkernels.GradCAM`.
 
     Raises:
-        ValueError: an unknown layer or option, a negative p. TypeError: ``nn.DataParallel``.
+        ValueError: an unknown layer or option, a negative p, a ``data_range`` that is not positive.
+        TypeError: ``nn.DataParallel``.
 
     Source: Staying Consistent with GradCAM, eqs. 2 to 4; Pillai et al., Consistent Explanations by
     Contrastive Learning (the contrastive distance).
@@ -113,6 +119,7 @@ class CAMConsistencyLoss(nn.Module):
         window_size: int = 11,
         sigma: float = 1.5,
         padding: C.Padding = "valid",
+        data_range: float = 1.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -138,8 +145,9 @@ class CAMConsistencyLoss(nn.Module):
         self._window: dict[str, Any] = {
             "window": window, "window_size": window_size, "sigma": sigma, "padding": padding,
         }  # fmt: skip
-        C.check_window(**self._window)
+        C.check_window(**self._window, data_range=data_range)
         self.alpha, self.beta, self.p = alpha, beta, p
+        self.data_range = data_range
         self.transform = RandomResizedCropFlip() if transform is None else transform
         self.target, self.relu, self.normalize = target, relu, normalize
         self.size, self.distance, self.temperature = size, distance, temperature
@@ -331,7 +339,10 @@ class CAMConsistencyLoss(nn.Module):
         source, size = (images.shape[2], images.shape[3]), self._size(images)
         contrastive = self.distance == "contrastive"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not contrastive):
-            scores = C.warped_ssim(first, second, *view, size, source_size=source, **self._window)
+            scores = C.warped_ssim(
+                first, second, *view, size,
+                source_size=source, data_range=self.data_range, **self._window,
+            )  # fmt: skip
         if contrastive:
             warped = C.warp(first, *view, size, source_size=source)
             values = contrast(warped, second, counted, self.temperature)

@@ -245,7 +245,8 @@ def test_wrong_arguments() -> None:
     for options in (
         {"alpha": float("nan")}, {"p": -1.0}, {"p": 0.5}, {"target": "both"},
         {"normalize": "sum"}, {"distance": "l2"}, {"views": "two"}, {"temperature": 0.0},
-        {"window_size": 4}, {"reduction": "max"}, {"padding": "zero"},
+        {"window_size": 4}, {"reduction": "max"}, {"padding": "zero"}, {"data_range": 0.0},
+        {"data_range": -1.0}, {"data_range": float("nan")},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             ck.CAMConsistencyLoss(model, "body", **options)
