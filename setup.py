@@ -3,7 +3,8 @@
 Environment:
     CAMKERNELS_CPU   1: fail where the module cannot be built; 0: do not build it; unset: build it
                      where a C++ compiler is found, otherwise install without it and say so.
-    CAMKERNELS_CUDA  the same of the CUDA kernels, which need nvcc (11.8 or newer), but no GPU.
+    CAMKERNELS_CUDA  the same of the CUDA kernels, which need nvcc (11.8 or newer), but no GPU. CI
+                     sets 1; tests take it as asking for the module too.
     CAMKERNELS_CUDA_ARCHS  compute capabilities, such as "80;90" (default: those of 75, 80, 90, 100,
                      120 that nvcc knows); PTX of the first and of the last is added.
     CXX              the compiler (default: c++, g++ or clang++, whichever is found first).

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -232,10 +233,69 @@ def test_architectures_are_those_that_nvcc_knows(tmp_path: Path) -> None:
     assert "does not know 61" in setup_program(code, CAMKERNELS_CUDA_ARCHS="61").stderr
 
 
+def test_the_cuda_build_has_code_for_every_architecture_and_ptx(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    known = "".join(f"compute_{n}\\n" for n in (75, 80, 86, 90, 100, 110, 120))
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" != --list-gpu-arch ] || printf "{known}"\n')
+    nvcc.chmod(0o755)
+    settings = {"NVCC": str(nvcc), "CAMKERNELS_CUDA_ARCHS": ""}
+    run = setup_program("print(cuda_build_file('module.so'))", **settings)
+    assert run.returncode == 0, run.stderr
+    rules = dict(re.findall(r"rule (\w+)\n  command = (.*)", run.stdout))
+    codes = re.findall(r"-gencode=arch=compute_(\d+),code=(\w+)", rules["device"])
+    machine = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+    assert sorted(code for _, code in codes) == sorted([*machine, "compute_75", "compute_120"])
+    assert all(code.endswith(f"_{arch}") for arch, code in codes)
+    assert "-cudart=static" in rules["link"]
+    kernels = {p.stem for p in (ROOT / "csrc").glob("*/*_cuda.cu")}
+    assert set(re.findall(r"build device/\w+/(\w+)\.o: device ", run.stdout)) == kernels
+
+
+@pytest.mark.parametrize("asked", ["1", "0", ""])
+def test_without_nvcc_the_build_fails_only_where_it_is_told_to(tmp_path: Path, asked: str) -> None:
+    """What an earlier build left is taken away; otherwise it would pass for that of this one."""
+    left = tmp_path / "camkernels" / ("_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
+    left.parent.mkdir()
+    left.touch()
+    missing = str(tmp_path / "nvcc")
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)],
+        env={**os.environ, "CAMKERNELS_CPU": "0", "CAMKERNELS_CUDA": asked, "NVCC": missing},
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    told = run.stdout + run.stderr
+    assert (run.returncode != 0) == (asked == "1"), told
+    if asked == "1":
+        assert f"CAMKERNELS_CUDA=1, but NVCC={missing} is not to be found" in told
+        return
+    why = "CAMKERNELS_CUDA=0" if asked else f"NVCC={missing} is not to be found"
+    assert f"without camkernels._cuda, the CUDA C++ kernels: {why}" in told
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("1", "1"), ("0", "0")])
+def test_ci_wants_the_cuda_kernels_unless_told_otherwise(
+    tmp_path: Path, given: str | None, expected: str
+) -> None:
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "$@ $CAMKERNELS_CUDA"\n')
+    make.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "CAMKERNELS_CUDA"}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    if given is not None:
+        environment["CAMKERNELS_CUDA"] = given
+    run = subprocess.run(
+        ["bash", str(ROOT / ".ci" / "run")], env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert run.stdout == f"test {expected}\n"
+
+
 def test_the_cuda_module_imports_without_a_gpu_and_needs_no_torch() -> None:
     spec = importlib.util.find_spec("camkernels._cuda")
-    if spec is None:
+    if spec is None and os.environ.get("CAMKERNELS_CUDA") != "1":
         pytest.skip("installed without camkernels._cuda (CAMKERNELS_CUDA=1 shows why)")
+    assert spec is not None, "CAMKERNELS_CUDA=1, but camkernels._cuda is not there"
     program = (
         "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('camkernels._cuda', {spec.origin!r})\n"

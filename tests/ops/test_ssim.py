@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
-from ops.base import device_of, every_backend
-from ops.oracle import lay_out
+from hypothesis import strategies as st
+from ops.base import device_of, every_backend, has_double
+from ops.oracle import LAYOUTS, lay_out
 from ops.two_views import (
     DOUBLE,
     SLOW,
@@ -39,19 +41,70 @@ def test_ssim_is_that_of_pytorch_msssim(backend: str, size: Any, channels: int) 
     compare(both(ck.ssim, theirs, [x, y], backend), 1e-5)
 
 
+# What scikit-image calls it, and what we do.
+SKIMAGE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gaussian": ({"gaussian_weights": True, "sigma": 1.5}, {}),
+    "uniform 5": ({"win_size": 5}, {"window": "uniform", "window_size": 5}),
+    "uniform 7": ({"win_size": 7}, {"window": "uniform", "window_size": 7}),
+}
+
+
+@every_backend
 @pytest.mark.parametrize("data_range", [1.0, 255.0])
-def test_ssim_is_that_of_scikit_image(data_range: float) -> None:
+@pytest.mark.parametrize("window", SKIMAGE)
+def test_ssim_is_that_of_scikit_image(window: str, data_range: float, backend: str) -> None:
     from skimage import metrics
 
+    theirs, ours = SKIMAGE[window]
     x = torch.rand(2, 33, 40, generator=generator(1), dtype=DOUBLE) * data_range
     y = (x + 0.1 * data_range * torch.randn(x.shape, generator=generator(2))).clamp(0, data_range)
-    found = ck.ssim(x.float(), y.float(), data_range=data_range)
-    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    for i in range(2):
-        expected = metrics.structural_similarity(
-            x[i].numpy(), y[i].numpy(), data_range=data_range, **options
+    expected = [
+        metrics.structural_similarity(
+            a.numpy(), b.numpy(), data_range=data_range, use_sample_covariance=False, **theirs
         )
-        assert abs(float(found[i]) - expected) <= 1e-5
+        for a, b in zip(x, y, strict=True)
+    ]
+    for dtype in [torch.float32, DOUBLE] if has_double(backend) else [torch.float32]:
+        a, b = (t.to(device_of(backend), dtype) for t in (x, y))
+        with ck.backend(backend):
+            found = ck.ssim(a, b, data_range=data_range, **ours)
+        torch.testing.assert_close(
+            found.cpu().double(),
+            torch.tensor(expected, dtype=DOUBLE),
+            rtol=0,
+            atol=1e-10 if dtype == DOUBLE else 1e-5,
+        )
+
+
+# One pixel, axes shorter than the window of 11, and rows of more than one vector.
+SIDES = st.just(1) | st.integers(2, 10) | st.integers(11, 40)
+
+
+@every_backend
+@hypothesis.given(data=st.data())
+def test_ssim_of_any_shape(backend: str, data: Any) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 2), SIDES, SIDES))
+    options = {
+        "window": data.draw(st.sampled_from(["gaussian", "uniform"])),
+        "window_size": data.draw(st.sampled_from([11, 7, 3, 1])),
+        "padding": data.draw(st.sampled_from(["valid", "same"])),
+        "k1": 0.1, "k2": 0.3,  # well above what rounding leaves of a variance of 0
+    }  # fmt: skip
+    dtype, seed = data.draw(st.sampled_from(dtypes(backend))), data.draw(st.integers(0, 999))
+    x = torch.rand(shape, generator=generator(seed), dtype=DOUBLE)
+    y = (x + 0.3 * torch.randn(shape, generator=generator(seed + 1), dtype=DOUBLE)).abs()
+    tensors = [lay_out(t.to(dtype), data.draw(st.sampled_from(LAYOUTS))) for t in (x, y)]
+    weights = [weights_of(n, options) for n in shape[2:]]
+    pad = tuple(len(w) // 2 for w in weights) if options["padding"] == "same" else 0
+
+    def truth(a: Tensor, b: Tensor) -> Tensor:
+        planes = plain_ssim(a.flatten(0, 1), b.flatten(0, 1), weights, pad, 0.01, 0.09)
+        return planes.unflatten(0, shape[:2]).mean(1)
+
+    compare(
+        both(lambda a, b: ck.ssim(a, b, **options), truth, tensors, backend),
+        1e-11 if dtype == DOUBLE else 1e-4,
+    )
 
 
 WINDOWS = {

@@ -14,7 +14,7 @@ import camkernels as ck
 from camkernels import backends
 
 DOUBLE = torch.float64
-# The interpreter takes a second per call; test_similarity_triton.py has more.
+# The interpreter takes a second per call; test_ssim_kernels.py has more.
 SLOW = backends.triton_interpreted()
 
 
@@ -64,13 +64,14 @@ def both(
     ]
 
 
-def compare(pairs: list[tuple[str, Tensor, Tensor]], tolerance: float) -> None:
+def compare(pairs: list[tuple[str, Tensor, Tensor]], tolerance: float, floor: float = 1e-6) -> None:
+    """Within ``tolerance`` of the largest value, or of ``floor`` where that is above it."""
     for label, found, expected in pairs:
         assert found.shape == expected.shape, label
         scale = float(expected.abs().max()) if expected.numel() else 1.0
         error = float((found.double() - expected).abs().max()) if expected.numel() else 0.0
         rounding = 2 * torch.finfo(found.dtype).eps
-        assert error <= (tolerance + rounding) * (scale + 1e-6), f"{label}: {error} of {scale}"
+        assert error <= (tolerance + rounding) * (scale + floor), f"{label}: {error} of {scale}"
 
 
 def dtypes(backend: str) -> list[torch.dtype]:
