@@ -50,7 +50,7 @@ def both(
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Values and gradients of both sides, ours on its device, the truth in float64."""
     ours = [t.to(device_of(backend)).detach().requires_grad_() for t in tensors]
-    theirs = [t.double().requires_grad_() for t in tensors]
+    theirs = [t.double().detach().requires_grad_() for t in tensors]
     with ck.backend(backend):
         value = function(*ours)
         expected = truth(*theirs)
@@ -65,7 +65,7 @@ def both(
 
 
 def compare(pairs: list[tuple[str, Tensor, Tensor]], tolerance: float, floor: float = 1e-6) -> None:
-    """Within ``tolerance`` of the largest value, or of ``floor`` where that is above it."""
+    """Within ``tolerance`` of the largest value and ``floor``."""
     for label, found, expected in pairs:
         assert found.shape == expected.shape, label
         scale = float(expected.abs().max()) if expected.numel() else 1.0
