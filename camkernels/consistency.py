@@ -156,7 +156,8 @@ def warped_ssim(
 
         ssim(warp(maps, boxes, flips, size, source_size=source_size), resize(others, size))
 
-    What is of the size ``size`` stays on the chip: the call allocates a few kilobytes per thread.
+    Nothing of the size ``size`` is stored. The C++ kernel keeps the rows that a window spans: from
+    7 x 7 to 224 x 224 it allocates 120 KB per thread, in the backward 170 KB.
 
     Args:
         maps: (B, h, w), of the whole picture. others: (B, h', w'), of the crop.
@@ -169,7 +170,7 @@ def warped_ssim(
         (B,), float32 (float64 for float64), differentiable to any order in both maps.
 
     Raises:
-        As :func:`warp` and :func:`ssim`.
+        As :func:`warp` and :func:`ssim`. ValueError: maps above 64 x 64 in Triton.
 
     Source: Staying Consistent with GradCAM, eq. 2.
 
@@ -236,7 +237,7 @@ def lp_norm(values: Tensor, p: float = 1.0, *, size: tuple[int, int] | None = No
 
     Raises:
         TypeError: a dtype without a kernel. ValueError: p below 0, or between 0 and 1; ``size``
-        with another rank than (B, h, w).
+        with another rank than (B, h, w), or in Triton with maps above 64 x 64.
 
     Source: Staying Consistent with GradCAM, eq. 3.
 
