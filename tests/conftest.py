@@ -96,12 +96,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every op is tested on every backend, but CUDA has kernels for some ops only."""
+    """Every op is tested on every backend, but CUDA has kernels for some ops only; tests/gpu asks
+    for those by itself."""
 
     def wanted(item: pytest.Item) -> bool:
         call = getattr(item, "callspec", None)
         backend = None if call is None else call.params.get("backend")
-        return backend != "cuda" or item.path.name in CUDA_FILES
+        return backend != "cuda" or item.path.name in CUDA_FILES or item.path.parent.name == "gpu"
 
     items[:] = [item for item in items if wanted(item)]
     slow = INTERPRETED_SLOWLY if backends.triton_interpreted() else COMPARED_WITH_ITSELF

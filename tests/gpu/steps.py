@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import camkernels as ck
 CLASSES = 5
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available")
 ON_GPU = [pytest.mark.gpu, needs_cuda]
-every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+# Device and backend; auto takes Triton on a GPU, where this says so by name.
+ON_CPU, BY_TRITON, BY_CUDA = ("cpu", "auto"), ("cuda", "triton"), ("cuda", "cuda")
+PLACES = (ON_CPU, BY_TRITON, BY_CUDA)
 
 
 class Residual(nn.Module):
@@ -114,7 +117,30 @@ STEPS: dict[str, Callable[[str], Step]] = {
     "engine fast": _interpretable("fast"),
     "engine lean": _interpretable("lean"),
 }
+OF_CUDA = ("entropy", "entropy by autograd")
+"""Those of whose ops every one has CUDA kernels."""
 every_step = pytest.mark.parametrize("kind", list(STEPS))
+
+
+def place(name: tuple[str, str], *before: str) -> Any:
+    """A set of parameters that ends in a device and a backend."""
+    return pytest.param(*before, *name, marks=ON_GPU if name[0] == "cuda" else ())
+
+
+def every_step_at(*places: tuple[str, str]) -> pytest.MarkDecorator:
+    """Kind, device and backend of each step that has kernels there."""
+    found = [
+        place(name, kind) for name in places for kind in STEPS if name != BY_CUDA or kind in OF_CUDA
+    ]
+    return pytest.mark.parametrize(("kind", "device", "backend"), found)
+
+
+def using(backend: str) -> ck.backend:
+    """For a ``with``; the test is skipped where the backend cannot work."""
+    reason = ck.backends.unavailable_reason(backend)
+    if reason is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+    return ck.backend(backend)  # type: ignore[arg-type]
 
 
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:

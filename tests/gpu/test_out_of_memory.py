@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from gpu.steps import ON_GPU, STEPS, batch, close, every_step
+from gpu.steps import BY_CUDA, BY_TRITON, ON_GPU, STEPS, Step, batch, close, every_step_at, using
+from torch import Tensor
 
 pytestmark = ON_GPU
 MIB = 1 << 20
@@ -31,10 +32,14 @@ def allocated() -> int:
     return int(torch.cuda.memory_allocated())
 
 
-@every_step
-def test_the_next_step_is_as_if_nothing_had_been(kind: str) -> None:
-    images, targets = batch("cuda")
-    step = STEPS[kind]("cuda")
+@every_step_at(BY_TRITON, BY_CUDA)
+def test_the_next_step_is_as_if_nothing_had_been(kind: str, device: str, backend: str) -> None:
+    with using(backend):
+        run_out(STEPS[kind](device), *batch(device))
+
+
+def run_out(step: Step, images: Tensor, targets: Tensor) -> None:
+    """Steps that fit, that do not, and that fit again."""
     step(images, targets)
     expected = step(images, targets)
     before = allocated()
