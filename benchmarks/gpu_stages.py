@@ -16,6 +16,15 @@ LIMIT = 480
 OUTPUT = "{output}"
 """In a command: the folder whose files are the stage's results."""
 GIGABYTES = (11, 24)
+CUDA_MEMBERS: dict[str, tuple[str, ...]] = {
+    "relu": (),
+    "cam": (),
+    "map_statistics": (),
+    "cam_statistics": (),
+    "consistency": (),
+    "map_ops": ("ssim",),
+}
+"""Benchmarks of the ops that have CUDA kernels; of their cases those named, or all."""
 PYTHON = sys.executable
 
 
@@ -112,6 +121,11 @@ def _benchmarks() -> list[Stage]:
         if member.isolate:  # many cases and sides, each measured in two processes
             words += ["--seconds", "5"]
         out.append(Stage(f"bench-{name}", member.about, words))
+        if name in CUDA_MEMBERS:  # auto takes Triton
+            named = [word for case in CUDA_MEMBERS[name] for word in ("--case", case)]
+            settings = {"CAMKERNELS_BACKEND": "cuda"}
+            about = f"{member.about}, by the CUDA C++ kernels"
+            out.append(Stage(f"bench-{name}-cuda", about, [*words, *named], LIMIT, settings))
     for size in GIGABYTES:
         words = [PYTHON, "-m", "benchmarks.largest", "--gigabytes", str(size), "--output", OUTPUT]
         out.append(Stage(f"largest-{size}", f"largest batches really run within {size} GB", words))

@@ -43,10 +43,12 @@ def validate(result: dict[str, Any]) -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:
-    """Write ``<folder>/<host kind>/<name>.json``; the dtype joins the name unless float32."""
+    """Write ``<folder>/<host kind>/<name>.json``; the dtype joins the name unless float32, and the
+    backend if it is cuda, which auto never takes."""
     validate(result)
     dtype = result["options"]["dtype"]
     name = result["benchmark"] + ("" if dtype == "float32" else f"-{dtype}")
+    name += "-cuda" if result["environment"].get("backend") == "cuda" else ""
     path = folder / result["host_kind"] / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rounded(result), indent=1) + "\n")

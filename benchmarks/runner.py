@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import environment, memory
 from benchmarks.harness import COPY, Benchmark, Options
+from camkernels import backends
 
 SCHEMA = 1
 DECLARE_TORCHVISION = str(environment.ROOT / "tests" / "_sitecustomize")
@@ -139,7 +140,9 @@ def _add_peaks(
 
 def command_line(benchmark: Benchmark, options: Options, only: list[str] | None) -> str:
     """The command that repeats the run."""
-    words = ["python -m benchmarks run", benchmark.name, f"--device {options.device}"]
+    chosen = os.environ.get(backends.ENVIRONMENT_VARIABLE)
+    words = [f"{backends.ENVIRONMENT_VARIABLE}={chosen}"] if chosen else []
+    words += ["python -m benchmarks run", benchmark.name, f"--device {options.device}"]
     words += [f"--dtype {options.dtype}"] if options.dtype != "float32" else []
     words += ["--quick"] if options.quick else []
     words += [f"--seconds {options.seconds:g}"] if options.seconds is not None else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import gpu, gpu_stages, largest
 from benchmarks.gpu_stages import LIMIT, OUTPUT, Stage
+from benchmarks.harness import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITES = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); (p / 'x.json').write_text('7')"
@@ -163,9 +165,17 @@ def test_every_stage_is_short_and_named_once() -> None:
     from benchmarks.members import MEMBERS
 
     assert {f"bench-{name}" for name in MEMBERS} <= set(names)
+    assert {f"bench-{name}-cuda" for name in gpu_stages.CUDA_MEMBERS} <= set(names)
     for wanted in ("gpu-graph_capture", "gpu-same_bits", "memcheck-cuda", "racecheck-triton",
                    "largest-11", "largest-24", "ops-cam", "cuda-kernels"):  # fmt: skip
         assert wanted in names
+    for name, stage in ((s.name, s) for s in stages if s.environment.get("CAMKERNELS_BACKEND")):
+        assert name.startswith("bench-")
+        assert name.endswith("-cuda")
+        (op,) = {n for n in MEMBERS if n in stage.words}
+        chosen = [case for flag, case in itertools.pairwise(stage.words) if flag == "--case"]
+        every = [case.name for case in MEMBERS[op].cases(Options())]
+        assert all(any(text in case for case in every) for text in chosen), name
     for stage in stages:  # files that commands name are there
         for word in stage.words:
             if word.startswith("tests/"):

@@ -241,6 +241,8 @@ def test_result_is_complete(quick_result: dict[str, Any], tmp_path: Path) -> Non
         rate = case["ideal_bytes"] / ours["milliseconds"]["q50"] / 1e6
         assert ours["gigabytes_per_second"] == pytest.approx(rate, rel=1e-3)
     assert "Exponents of ours: cam_statistics B:" in results.table(loaded)
+    by_cuda = {**quick_result, "environment": {**environment, "backend": "cuda"}}
+    assert results.write(by_cuda, tmp_path).name == "linearity-cuda.json"
 
 
 def test_incomplete_result_is_refused(quick_result: dict[str, Any]) -> None:
