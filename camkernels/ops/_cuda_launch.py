@@ -33,24 +33,34 @@ def on_host() -> bool:
     return bool(module().archs == "host")
 
 
-def run(kernel: str, like: Tensor, *arguments: Any) -> None:
-    """Launch ``kernel`` on the device of ``like`` and its current stream.
+def run(kernel: str, operands: Sequence[Tensor | None], *arguments: Any) -> None:
+    """Launch ``kernel`` on the device of the first of ``operands`` and its current stream.
+
+    Args:
+        operands: the tensors that the op was given, for the device and for errors.
+        arguments: what the kernel takes behind the stream.
 
     Raises:
         RuntimeError: what CUDA says of the launch, or of a kernel that failed before it.
     """
     function = getattr(module(), kernel)
-    if not like.is_cuda:
+    leader = operands[0]
+    assert leader is not None
+    if not leader.is_cuda:
         status = function(0, *arguments)
     else:
-        with torch.cuda.device(like.device):
+        with torch.cuda.device(leader.device):
             status = function(torch.cuda.current_stream().cuda_stream, *arguments)
     if status:
         name, text = module().error_name(status), module().error_text(status)
+        shapes = ", ".join(
+            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+            for t in operands
+            if t is not None
+        )
         raise RuntimeError(
-            f"camkernels::{kernel} on {like.device}, leading tensor {tuple(like.shape)} "
-            f"{str(like.dtype).removeprefix('torch.')}: {name} ({text}). An earlier kernel may "
-            "have failed: CUDA_LAUNCH_BLOCKING=1 shows which"
+            f"camkernels::{kernel} on {leader.device} of {shapes}: {name} ({text}). An earlier "
+            "kernel may have failed: CUDA_LAUNCH_BLOCKING=1 shows which"
         )
 
 

@@ -14,7 +14,7 @@ def cam_fwd(activations: Tensor, gradients: Tensor, relu: bool) -> tuple[Tensor,
     host.check_pixels(activations, "activations")
     maps, alpha, arguments, _alive = forward_arguments(activations, gradients, relu, host.split)
     arrivals = _gpu.arrival_counters(maps.shape[0], maps.device)
-    host.run("cam_fwd", activations, arrivals.data_ptr(), *arguments)
+    host.run("cam_fwd", (activations, gradients), arrivals.data_ptr(), *arguments)
     return maps, alpha if gradients.dim() == 4 else _layout.placeholder(maps)
 
 
@@ -29,5 +29,5 @@ def cam_bwd(
     grad_activations, grad_alpha, arguments, _alive = backward_arguments(
         grad_maps, activations, alpha, maps, channels_last, dtype, host.split
     )
-    host.run("cam_bwd", grad_maps, *arguments)
+    host.run("cam_bwd", (grad_maps, activations, alpha, maps), *arguments)
     return grad_activations, grad_alpha

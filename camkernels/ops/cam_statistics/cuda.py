@@ -23,7 +23,7 @@ def cam_statistics_fwd(activations: Tensor, gradients: Tensor, relu: bool) -> tu
     statistics = empty_statistics(maps, maps.dtype)
     arrivals = _gpu.arrival_counters(maps.shape[0], maps.device)
     host.run(
-        "cam_statistics_fwd", activations,
+        "cam_statistics_fwd", (activations, gradients),
         arrivals.data_ptr(), total.data_ptr(), _native.pointers(statistics), *arguments,
     )  # fmt: skip
     kept = alpha if gradients.dim() == 4 else _layout.placeholder(maps)
@@ -44,7 +44,7 @@ def cam_statistics_bwd(
         grad_maps, activations, alpha, maps, channels_last, dtype, host.split
     )
     host.run(
-        "cam_statistics_bwd", maps,
+        "cam_statistics_bwd", (maps, activations, alpha, grad_maps, *statistics, *grads),
         relu, _native.pointers(statistics), _native.pointers(grads), *cam_arguments,
     )  # fmt: skip
     return grad_activations, grad_alpha

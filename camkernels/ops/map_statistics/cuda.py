@@ -22,7 +22,7 @@ def map_statistics_fwd(maps: Tensor, clamp: bool) -> tuple[Tensor, ...]:
     maps = _native.resolved(maps)
     statistics = empty_statistics(maps, torch.float32)
     pointers = _native.pointers(statistics)
-    host.run("map_statistics_fwd", maps, *map_arguments(maps, clamp), pointers, 0, 1)
+    host.run("map_statistics_fwd", (maps,), *map_arguments(maps, clamp), pointers, 0, 1)
     return statistics
 
 
@@ -33,7 +33,7 @@ def map_statistics_bwd(maps: Tensor, *arguments: Any) -> Tensor:
     grads = dense_arguments(arguments[COUNT : 2 * COUNT], torch.float32)
     grad_maps = maps.new_empty(maps.shape)
     host.run(
-        "map_statistics_bwd", maps,
+        "map_statistics_bwd", (maps, *statistics, *grads),
         *map_arguments(maps, clamp), _native.pointers(statistics), _native.pointers(grads),
         grad_maps.data_ptr(), 0, 1,
     )  # fmt: skip

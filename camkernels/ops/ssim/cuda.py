@@ -39,7 +39,7 @@ def ssim_fwd(
     weights = weights_on(rows, columns, x.device)
     arrivals = _gpu.arrival_counters(batch, x.device)
     host.run(
-        "ssim_fwd", x,
+        "ssim_fwd", (x, y),
         tuple(x.shape), *picture(x), *picture(y), weights.data_ptr(), window, c1, c2,
         *_native.pointers((values, sums, arrivals)),
     )  # fmt: skip
@@ -65,7 +65,7 @@ def ssim_bwd(
     grad = _native.dense(grad, torch.float32)
     weights = weights_on(rows, columns, x.device)
     host.run(
-        "ssim_bwd", x,
+        "ssim_bwd", (x, y, grad),
         tuple(x.shape), *picture(x), *picture(y), weights.data_ptr(), window, c1, c2,
         *_native.pointers((grad, to_x if want_x else None, to_y if want_y else None)),
     )  # fmt: skip

@@ -23,6 +23,8 @@ def _check(maps: Tensor, others: Tensor, via: Size, size: Size) -> None:
     for axis in (0, 1):
         _gpu.check_axis(maps.shape[1 + axis], via[axis], size[axis])
         _gpu.check_axis(others.shape[1 + axis], size[axis], size[axis])
+    host.check_pixels(maps, "maps")  # two long axes, each of them taken, may be too many together
+    host.check_pixels(others, "others")
 
 
 def _map(tensor: Tensor) -> tuple[Any, ...]:
@@ -118,7 +120,7 @@ def _run(
     arrivals = _gpu.arrival_counters(len(maps), maps.device)
     sizes = [*maps.shape[1:], *via, *size, *others.shape[1:]]
     host.run(
-        kernel, maps,
+        kernel, (*sources, outputs[2]),  # which is the cotangent
         len(maps), sizes, boxes.data_ptr(), flips.data_ptr(), *_map(maps), *_map(others),
         weights.data_ptr(), window, c1, c2, arrivals.data_ptr(), _native.pointers(outputs),
     )  # fmt: skip
