@@ -1,9 +1,10 @@
 """How often a training step launches a kernel: ``python -m benchmarks.launches``, without a GPU.
 
 A step runs on the meta device, where tensors have shapes and no numbers, and takes the way that it
-takes on a GPU with the Triton backend:
+takes on a GPU with the Triton backend (or the CUDA one, which has kernels for some criteria only):
 
-- own: our Triton kernels. Their host code runs, and the launch at its end is counted, not made.
+- own: our kernels. Their host code runs, and the launch at its end is counted, not made. That a
+  call of the CUDA backend is one launch, tests/cuda_host counts in the host build of its kernels.
 - aten: PyTorch's operators, seen by a dispatch mode; views and allocations are none. Each is about
   one launch on a GPU: some convolutions and reductions take several, and a copy is a memory copy.
 
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -36,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 import camkernels as ck
 from benchmarks import environment, loops, results
 from camkernels import backends
+from camkernels.backends import BackendName
 from camkernels.ops import _chain
 from camkernels.taps.evaluate import Evaluator
 
@@ -53,16 +56,41 @@ class Counts:
 
     own: Counter[str] = field(default_factory=Counter)
     aten: Counter[str] = field(default_factory=Counter)
+    groups: Counter[str] = field(default_factory=Counter)
+    """The operators again, by what they are for; see GROUPS."""
 
     def over(self, other: Counts) -> tuple[int, int]:
         """How many more of each."""
         return self.own.total() - other.own.total(), self.aten.total() - other.aten.total()
 
 
+# What the operators of a CAM-entropy criterion are for, by the innermost function that is named.
+GROUPS = {
+    "cross_entropy": "",
+    "_guard": "the guard of the closed form",
+    "_by_closed_form": "the Jacobian of the head",
+    "_classes": "classes, and which maps count",
+    "live": "classes, and which maps count",
+    "parts": "the mean over maps, beta and the sum with the cross-entropy",
+    "loss_of": "the mean over maps, beta and the sum with the cross-entropy",
+}
+BACKWARD = "the way back through these"
+
+
+def _group() -> str:
+    """Of the operator that is dispatched now; nothing where it is the network's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in GROUPS:
+            return GROUPS[frame.f_code.co_name]
+        frame = frame.f_back
+    return BACKWARD if torch._C._current_autograd_node() is not None else ""
+
+
 class _Operators(TorchDispatchMode):
-    def __init__(self, found: Counter[str]) -> None:
+    def __init__(self, counts: Counts) -> None:
         super().__init__()
-        self.found = found
+        self.counts = counts
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -72,7 +100,8 @@ class _Operators(TorchDispatchMode):
         tensors = tree_leaves((args, kwargs, outputs))
         on_device = any(isinstance(t, Tensor) and t.is_meta for t in tensors)
         if on_device and not func.is_view and not _NO_LAUNCH.match(name):
-            self.found[name] += 1
+            self.counts.aten[name] += 1
+            self.counts.groups[_group()] += 1
         return outputs
 
 
@@ -96,18 +125,36 @@ def _guarded(original: Callable[..., bool]) -> Callable[..., bool]:
     return guard
 
 
-@contextmanager
-def as_on_a_gpu(launched: Counter[str]) -> Iterator[None]:
-    """The Triton backend takes meta tensors; a launch is entered in ``launched``."""
+def _launches_entered(launched: Counter[str], by: BackendName) -> list[Any]:
+    """Patches that enter a launch of the backend in place of making it."""
+    if by == "cuda":
+        from camkernels.ops import _cuda_launch, _gpu
+
+        def run(kernel: str, *arguments: Any) -> None:
+            launched[f"{kernel}_kernel"] += 1
+
+        return [
+            mock.patch.object(_cuda_launch, "run", run),
+            mock.patch.object(_gpu, "multiprocessors", return_value=132),
+        ]
     from camkernels.ops import _triton_launch as host
-
-    original = _chain.implementation
-
-    def implementation(op: str, kernel: str, backend: str) -> Callable[..., Any]:
-        return original(op, kernel, "triton" if backend == "meta" else backend)
 
     def launch(kernel: Any, grid: Any, like: Tensor, *args: Any, **constants: Any) -> None:
         launched[kernel.__name__] += 1
+
+    return [
+        mock.patch.object(host, "launch", launch),
+        mock.patch.object(host, "multiprocessors", return_value=132),
+    ]
+
+
+@contextmanager
+def as_on_a_gpu(launched: Counter[str], by: BackendName = "triton") -> Iterator[None]:
+    """A backend for GPUs takes meta tensors; a launch is entered in ``launched``."""
+    original = _chain.implementation
+
+    def implementation(op: str, kernel: str, backend: str) -> Callable[..., Any]:
+        return original(op, kernel, by if backend == "meta" else backend)
 
     modules = [m for n, m in sys.modules.items() if n.startswith("camkernels") and m is not None]
     patches = [
@@ -116,8 +163,7 @@ def as_on_a_gpu(launched: Counter[str]) -> Iterator[None]:
         if getattr(m, "implementation", None) is original
     ]
     patches += [
-        mock.patch.object(host, "launch", launch),
-        mock.patch.object(host, "multiprocessors", return_value=132),
+        *_launches_entered(launched, by),
         mock.patch.object(backends, "unavailable_reason", return_value=None),
         mock.patch.object(backends, "_unsuited_reason", return_value=None),
         # a dispatch mode counts here, and traces nothing
@@ -127,18 +173,18 @@ def as_on_a_gpu(launched: Counter[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        stack.enter_context(ck.backend("triton"))
+        stack.enter_context(ck.backend(by))
         yield
 
 
-def count(step: Step, warm_up: int = 2) -> Counts:
+def count(step: Step, warm_up: int = 2, by: BackendName = "triton") -> Counts:
     """Of a step after ``warm_up`` others."""
     found = Counts()
-    with as_on_a_gpu(found.own):
+    with as_on_a_gpu(found.own, by):
         for _ in range(warm_up):
             step()
         found.own.clear()
-        with _Operators(found.aten):
+        with _Operators(found):
             step()
     return found
 
@@ -181,9 +227,10 @@ NETWORKS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "engine fast": _engine("fast"),
     "engine lean": _engine("lean"),
 }
+ENTROPY = "CAMEntropyLoss, closed form"
 CRITERIA: dict[str, Criterion] = {
     "cross-entropy": plain,
-    "CAMEntropyLoss, closed form": entropy,
+    ENTROPY: entropy,
     "CAMConsistencyLoss": consistency(),
     "CAMConsistencyLoss, joint views": consistency("joint"),
     "InterpretableGradientLoss": interpretable,
@@ -215,11 +262,11 @@ def step_of(
     return step
 
 
-def counts_of(network: str, criterion: str) -> Counts:
+def counts_of(network: str, criterion: str, by: BackendName = "triton") -> Counts:
     """One cell of the table."""
     model = NETWORKS[network](_network())
     loss = CRITERIA[criterion](model)
-    return count(step_of(model, lambda x, y: loss(model(x), y), *batch()))
+    return count(step_of(model, lambda x, y: loss(model(x), y), *batch()), by=by)
 
 
 def eager_counts(name: str) -> Counts:
@@ -235,6 +282,8 @@ def all_counts() -> dict[tuple[str, str], Counts]:
         for criterion in CRITERIA:
             if network != "as it is" or criterion != "InterpretableGradientLoss":
                 found[network, criterion] = counts_of(network, criterion)
+            if (network, criterion) == ("as it is", ENTROPY):
+                found[network, f"{ENTROPY}, backend cuda"] = counts_of(network, criterion, "cuda")
     for name in EAGER:
         found["as it is", name] = eager_counts(name)
     return found
@@ -251,6 +300,18 @@ def _extra(own: Counter[str], base: Counter[str]) -> Iterator[str]:
             )
 
 
+def beside(found: dict[tuple[str, str], Counts]) -> str:
+    """Which operators of PyTorch come beside the kernels of the criterion on CAM entropy."""
+    counts, base = found["as it is", ENTROPY], found["as it is", "cross-entropy"]
+    own, aten = counts.over(base)
+    more = {name: n - base.groups[name] for name, n in counts.groups.items()}
+    told = ", ".join(f"{n} for {name}" for name, n in more.items() if name and n)
+    return (
+        f"Beside the {own} kernels of CAMEntropyLoss, {aten} operators of PyTorch, on few numbers "
+        f"each: {told}."
+    )
+
+
 def table(found: dict[tuple[str, str], Counts]) -> str:
     """Markdown."""
     rows = [
@@ -259,7 +320,8 @@ def table(found: dict[tuple[str, str], Counts]) -> str:
         "`python -m benchmarks.launches --write`, counted without a GPU (see there for what is "
         f"counted), torch {torch.__version__}, triton {environment._version('triton')}. ResNet-18 "
         "of torchvision, 2 images of 64 x 64, float32; forward, loss, backward. Own: launches of "
-        "our Triton kernels; aten: operators of PyTorch, each about one launch.",
+        "our kernels, by Triton where nothing is said; aten: operators of PyTorch, each about one "
+        "launch.",
         "",
         "| network | loss | own | aten | own over CE | aten over CE | own of the criterion |",
         "|---|---|---|---|---|---|---|",
@@ -271,7 +333,7 @@ def table(found: dict[tuple[str, str], Counts]) -> str:
         over = ["", ""] if criterion == "cross-entropy" else [f"{own:+d}", f"{aten:+d}"]
         cells = [network, criterion, str(counts.own.total()), str(counts.aten.total()), *over]
         rows.append(f"| {' | '.join(cells)} | {names if criterion != 'cross-entropy' else ''} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, "", beside(found)]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

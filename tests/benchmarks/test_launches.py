@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from benchmarks import launches
+from camkernels.backends import BackendName
 from camkernels.ops import _chain
 
 
@@ -28,24 +30,29 @@ def network() -> nn.Module:
     return nn.Sequential(layers).to("meta")
 
 
+Swap = Callable[[nn.Module], nn.Module]
+
+
+def count(
+    criterion: Callable[[nn.Module], Any], swap: Swap | None = None, by: BackendName = "triton"
+) -> launches.Counts:
+    """Of a step."""
+    model = network() if swap is None else swap(network())
+    loss = criterion(model)
+    step = launches.step_of(
+        model, lambda x, y: loss(model(x), y), *launches.batch(size=32, classes=10)
+    )
+    return launches.count(step, by=by)
+
+
 def counted(
-    criterion: Callable[[nn.Module], Any], swap: Callable[[nn.Module], nn.Module] | None = None
+    criterion: Callable[[nn.Module], Any], swap: Swap | None = None, by: BackendName = "triton"
 ) -> tuple[dict[str, int], int]:
     """Own launches by kernel, and operators, of a step over those of cross-entropy."""
-
-    def one(make: Callable[[nn.Module], Any]) -> launches.Counts:
-        model = network() if swap is None else swap(network())
-        loss = make(model)
-        step = launches.step_of(
-            model, lambda x, y: loss(model(x), y), *launches.batch(size=32, classes=10)
-        )
-        return launches.count(step)
-
-    found, base = one(criterion), one(launches.plain)
+    found, base = count(criterion, swap, by), count(launches.plain, swap, by)
     return dict(found.own - base.own), found.over(base)[1]
 
 
-Swap = Callable[[nn.Module], nn.Module]
 VIEWS = {
     "warp_fwd": 1, "min_max_fwd": 2, "min_max_bwd": 2, "warped_ssim_taps": 2, "warped_ssim_fwd": 1,
     "warped_ssim_bwd": 1, "warped_ssim_join": 2, "ssim_join": 1, "lp_norm_tiles": 1,
@@ -104,6 +111,27 @@ def test_what_a_criterion_launches(name: str) -> None:
     assert operators > 0.8 * most, f"{operators} operators: the ceiling can be lowered"
 
 
+def test_operators_of_the_entropy_are_told_by_what_they_are_for() -> None:
+    found, base = count(CASES["entropy"][0]), count(launches.plain)
+    told = launches.beside({
+        ("as it is", launches.ENTROPY): found, ("as it is", "cross-entropy"): base
+    })  # fmt: skip
+    _, operators = found.over(base)
+    assert told.startswith(f"Beside the 2 kernels of CAMEntropyLoss, {operators} operators ")
+    groups = re.findall(r"(\d+) for ", told)
+    assert sum(map(int, groups)) == operators, told
+    assert len(groups) == len({*launches.GROUPS.values(), launches.BACKWARD}) - 1, told
+
+
+@pytest.mark.parametrize("name", ["entropy", "entropy by autograd"])
+def test_the_cuda_backend_launches_the_same_and_no_operator_more(name: str) -> None:
+    """That each of its calls is one launch: tests/cuda_host/test_cuda_kernels.py."""
+    criterion, swap, own, _ = CASES[name]
+    found, operators = counted(criterion, swap, "cuda")
+    assert {kernel.removesuffix("_kernel"): n for kernel, n in found.items()} == own
+    assert operators <= counted(criterion, swap)[1]
+
+
 def test_known_counts() -> None:
     """Views and allocations are no launches, everything else is one; ours are counted apart."""
     x = torch.rand(4, 3, 6, 6, device="meta", requires_grad=True)
@@ -132,12 +160,7 @@ def test_the_guard_of_a_closed_form_is_counted() -> None:
     """It is left out on the meta device, but not on a GPU."""
 
     def operators(head: str) -> Counter[str]:
-        model = network()
-        loss = ck.CAMEntropyLoss(model, "features", beta=0.1, head=head)
-        step = launches.step_of(
-            model, lambda x, y: loss(model(x), y), *launches.batch(size=32, classes=10)
-        )
-        return launches.count(step).aten
+        return count(lambda m: ck.CAMEntropyLoss(m, "features", beta=0.1, head=head)).aten
 
     assert operators("closed_form")["nan_to_num"] == 1
     assert operators("autograd")["nan_to_num"] == 0
