@@ -43,7 +43,7 @@ _HELP = {
     "weights": "file with a state_dict; 'pretrained' for the library's own (the default on cub, "
     "caltech101 and stanford-dogs, and of recipe stanford-dogs), or 'none'",
     "head_units": "hidden units of the head; 300 in the paper, 0: one linear layer",
-    "alpha": "consistency: weight of 1 - SSIM",
+    "alpha": "consistency: weight of 1 - SSIM, or of the other distance",
     "beta": "weight of the regulariser; consistency: of the norm of the map; combined: of the CAM "
     "entropy",
     "norm": "consistency: p of the norm, 0, 1 or 2",
@@ -54,6 +54,10 @@ _HELP = {
     "window_size": "consistency: side of the window in pixels",
     "sigma": "consistency: width of the Gaussian window in pixels",
     "padding": "consistency: SSIM over windows inside the map, or one around each pixel",
+    "distance": "consistency: 1 - SSIM of the two maps, or CGC's contrastive loss over the batch",
+    "temperature": "consistency: of the contrastive distance",
+    "views": "consistency: pictures and views in a forward each, or joint in one of twice the "
+    "batch, which BatchNorm then takes as one",
     "warmup_epochs": "epochs of cross-entropy alone before the regulariser sets in",
     "ramp_epochs": "epochs over which the regularisers then rise to their weights",
     "ramp": "how they rise",

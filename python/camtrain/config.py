@@ -48,6 +48,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalization": ("data", "imagenet"),
     "window": ("gaussian", "uniform"),
     "padding": ("valid", "same"),
+    "distance": ("ssim", "contrastive"),
+    "views": ("separate", "joint"),
     "optimizer": ("adam", "sgd"),
     "damaged": ("skip", "error"),
     "precision": ("32-true", "16-mixed", "bf16-mixed", "64-true"),
@@ -90,6 +92,9 @@ class FitConfig:
     window_size: int = 11
     sigma: float = 1.5
     padding: str = "valid"
+    distance: str = "ssim"
+    temperature: float = 0.5
+    views: str = "separate"
     warmup_epochs: int = 0
     ramp_epochs: int = 0
     ramp: str = "linear"
@@ -250,7 +255,7 @@ def validate(config: FitConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < minimum:
             raise CamtrainError(f"{name}: must be at least {minimum}, got {value}")
-    for name in ("lr", "lr_factor", "sigma"):
+    for name in ("lr", "lr_factor", "sigma", "temperature"):
         if not getattr(config, name) > 0:
             raise CamtrainError(f"{name}: must be above 0, got {getattr(config, name)}")
     if not 0 <= config.momentum < 1:
@@ -296,6 +301,16 @@ def _validate_recipe(config: FitConfig) -> None:
             raise CamtrainError(
                 f"recipe: 'combined' needs one of {', '.join(weights)} above 0, got none"
             )
+        if config.views == "joint" and (config.beta or config.gradient_weight):
+            raise CamtrainError(
+                "views: 'joint' sends pictures and views through one forward, in which beta and "
+                "gradient_weight would see both; take 'separate', or leave these weights at 0"
+            )
+    if config.distance == "ssim" and config.temperature != FitConfig.temperature:
+        raise CamtrainError(
+            f"temperature: distance 'ssim' does not read it, got {config.temperature!r}; leave it "
+            f"at {FitConfig.temperature!r} or take distance 'contrastive'"
+        )
     if config.balance and config.precision == "16-mixed":
         raise CamtrainError(
             "balance: gradients would be measured before they are scaled for float16; take "

@@ -52,6 +52,9 @@ def consistency(
         relu=config.map_relu,
         transform=views(config, 0),
         size=(config.image_size, config.image_size),
+        distance=config.distance,
+        temperature=config.temperature,
+        views=config.views,
         label_smoothing=config.label_smoothing,
         **ssim_options(config),
     )

@@ -97,6 +97,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
         ("alpha", "norm", "map_relu", "view_scale", "window", "window_size", "sigma", "padding"),
         ("consistency", "combined"),
     ),
+    **dict.fromkeys(("distance", "temperature", "views"), ("consistency", "combined")),
     **dict.fromkeys(("insertion_steps", "insertion_limit", "compare"), ("consistency",)),
     **dict.fromkeys(
         ("regularizer", "other_classes", "normalize", "head_path"),

@@ -29,7 +29,7 @@ _FIGURES = (
     ("Consistency (%)", "consistency_mean", 100),
     ("IAUC", "insertion_auc_mean", 1),
     ("Norm", "test/sparsity", 1),
-    ("Constant maps (%)", "test/dead", 100),
+    ("All-zero maps (%)", "test/dead", 100),
     ("Uniform maps (%)", "test/uniform", 100),
 )
 
@@ -258,10 +258,15 @@ def _cell(value: float | None, deviation: float | None, scale: int) -> str:
     return text if deviation is None else f"{text} ± {form.format(deviation * scale)}"
 
 
+def _distance(base: FitConfig) -> str:
+    """As the title tells it, where it is not SSIM."""
+    return "" if base.distance == "ssim" else f", {base.distance}, T = {base.temperature:g}"
+
+
 def _write_tables(folder: Path, base: FitConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     title = (
         f"# Consistency recipe: {base.arch} on {base.data}, {base.epochs} epochs at "
-        f"{base.image_size} x {base.image_size}\n\n"
+        f"{base.image_size} x {base.image_size}{_distance(base)}\n\n"
     )
     files.write_csv(folder / "table.csv", rows)
     files.write_text(folder / "table.md", title + markdown(rows))

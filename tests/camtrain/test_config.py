@@ -93,6 +93,8 @@ def test_the_baseline_has_no_regulariser() -> None:
         ("- epochs", "mapping"),
         ("a: [", "not YAML"),
         ("lr: 0", "lr: must be above 0"),
+        ("distance: cosine", "distance: got 'cosine', allowed are ssim, contrastive"),
+        ("views: join", "views: got 'join'; did you mean joint"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from camtrain.fit import fit
 from camtrain.measures import ConsistencyMeasures
 from camtrain.models import build_model
 from camtrain.recorder import CHECKPOINT
-from camtrain.training import ConsistencyClassifier
+from camtrain.training import ConsistencyClassifier, make_classifier
 from picture_files import TinyCaltech, TinyCUB
 from PIL import Image
 from torch import nn
@@ -71,6 +72,17 @@ def test_where_training_begins() -> None:
         (("--momentum", "1"), "momentum: must be at least 0 and below 1"),
         (("--crop-scale", "0"), "crop_scale: must be above 0"),
         (("--lr-factor", "0"), "lr_factor: must be above 0"),
+        (("--distance", "contrastive"), "distance: recipe 'entropy' does not read it"),
+        (("--recipe", "baseline", "--views", "joint"), "views: recipe 'baseline' does not read it"),
+        (
+            ("--recipe", "consistency", "--distance", "contrastive", "--temperature", "0"),
+            "temperature: must be above 0",
+        ),
+        (("--recipe", "consistency", "--temperature", "2"), "distance 'ssim' does not read it"),
+        (
+            ("--recipe", "combined", "--alpha", "1", "--beta", "1", "--views", "joint"),
+            "views: 'joint' sends pictures and views through one forward",
+        ),
         (("--recipe", "consistency", "--image-size", "8"), "insertion_steps: a picture of 8 x 8"),
     ],
 )
@@ -200,17 +212,41 @@ def test_views_are_drawn_anew_for_training_and_alike_for_testing(
 
 def test_the_criterion_gets_its_options(run_on: Tiny) -> None:
     config = run_on(alpha=0.3, beta=1e-5, norm=2.0, map_relu=True, window="uniform", target="true",
-                    window_size=5, padding="same")  # fmt: skip
+                    window_size=5, padding="same", distance="contrastive", temperature=0.2,
+                    views="joint")  # fmt: skip
     module = ConsistencyClassifier(build_model(config, 2), config, 2)
     criterion = module.criterion
     assert (criterion.alpha, criterion.beta, criterion.p) == (0.3, 1e-5, 2.0)
     assert (criterion.relu, criterion.target, criterion.size) == (True, "true", (32, 32))
+    assert (criterion.distance, criterion.temperature, criterion.views) == (
+        "contrastive", 0.2, "joint",
+    )  # fmt: skip
     assert criterion._window == {
         "window": "uniform", "window_size": 5, "sigma": 1.5, "padding": "same",
     }  # fmt: skip
     module.close()
     with pytest.raises(CamtrainError, match=r"window_size: .*odd"):
         ConsistencyClassifier(build_model(config, 2), dataclasses.replace(config, window_size=4), 2)
+
+
+@pytest.mark.parametrize("recipe", ["consistency", "combined"])
+@pytest.mark.parametrize(("views", "forwards"), [("separate", 2), ("joint", 1)])
+def test_a_contrastive_step(run_on: Tiny, recipe: str, views: str, forwards: int) -> None:
+    """So hot that all pairs are alike: InfoNCE is then the logarithm of the batch."""
+    config = run_on(recipe=recipe, alpha=0.5, beta=0.0, insertion_steps=224, views=views,
+                    distance="contrastive", temperature=1e6)  # fmt: skip
+    torch.manual_seed(0)
+    module = make_classifier(build_model(config, 2), config, 2)
+    seen: list[int] = []
+    module.model.register_forward_hook(lambda *_: seen.append(1))
+    loss = module._step(
+        {"images": torch.rand(4, 3, 32, 32), "targets": torch.arange(4) % 2}, "train"
+    )
+    assert loss is not None
+    expected = module.criterion.terms["cross_entropy"] + 0.5 * math.log(4)
+    torch.testing.assert_close(loss.detach(), expected)
+    assert len(seen) == forwards
+    module.close()
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(run_on: Tiny) -> None:

@@ -141,6 +141,21 @@ def test_a_setting_that_diverges_is_a_line_of_the_table(
     assert "done before" in capsys.readouterr().out
 
 
+def test_the_closest_method_is_a_study_as_well(
+    command: list[str], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [*command, "--norms", "1", "--betas", "0", "--alphas", "0.1"]
+    closest = [*short, "--distance", "contrastive", "--temperature", "0.2", "--views", "joint"]
+    assert cli.main(closest) == 0
+    text = (out / "table.md").read_text()
+    assert "32 x 32, contrastive, T = 0.2\n" in text
+    assert "All-zero maps (%)" in text
+    stored = (out / "alpha0.1_beta0_p1_seed0" / "config.yaml").read_text()
+    assert "distance: contrastive\ntemperature: 0.2\nviews: joint\n" in stored
+    assert cli.main(short) == 1
+    assert "distance: the study in" in capsys.readouterr().err
+
+
 def test_a_broken_result_is_named(
     command: list[str], out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
