@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import camkernels as ck
 from camtrain import config as configuration
-from camtrain import figures, files, localisation, planning
+from camtrain import figures, files, localisation, planning, trivial
 from camtrain.config import FitConfig
 from camtrain.data.module import CamtrainData
 from camtrain.data.voc import describe_skipped
@@ -43,7 +43,6 @@ from camtrain.recorder import (
 )
 from camtrain.trained import write_classes
 from camtrain.training import Classifier, make_classifier
-from camtrain.trivial import TrivialSolutions
 
 log = logging.getLogger("camtrain")
 
@@ -116,8 +115,8 @@ def fit(
         module = make_classifier(model, config, len(data.classes))
         recorder, collector = Recorder(folder, quiet), ExampleCollector(data)
         callbacks: list[Callback] = [recorder, collector, StopDiverged()]
-        if config.recipe == "consistency":
-            callbacks.append(TrivialSolutions(config, recorder))
+        if config.recipe in trivial.RECIPES:
+            callbacks.append(trivial.TrivialSolutions(config, recorder))
         if config.vram is not None:
             callbacks.append(planning.WithinBudget(config.vram, tell))
         trainer = _trainer(config, folder, callbacks, progress)

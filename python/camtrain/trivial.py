@@ -15,34 +15,42 @@ from camtrain.recorder import Recorder
 
 log = logging.getLogger("camtrain")
 
-SHARE = 0.5
+# Shares of the training maps that are told. Networks in good order have up to 3 % of uniform maps on
+# digits and none on the CUB subset; alpha = 10, which halved accuracy there, ended at 29 and 10.5 %.
+DEAD, UNIFORM = 0.5, 0.1
+# Recipes whose loss compares two views.
+RECIPES = ("consistency", "combined")
 
 
 def advice(row: Mapping[str, Any], config: FitConfig) -> str:
-    """What to change where more than half of the training maps carry no explanation; else empty.
+    """What to change where many of the training maps carry no explanation; else empty.
 
-    A constant map is the same under every crop, and so is one that covers the whole picture: both
+    A map of zeros is the same under every crop, and so is one that covers the whole picture: both
     are perfectly consistent and say nothing (Staying consistent with GradCAM, section 3.2.3).
     """
-    dead = row.get("train/dead", math.nan)
+    combined = config.recipe == "combined"
+    # there ``dead`` is of the entropy's maps, and ``beta`` its weight
+    dead = row.get("train/dead_views" if combined else "train/dead", math.nan)
     uniform = row.get("train/uniform", math.nan)
-    settings = f"alpha = {config.alpha:g}, beta = {config.beta:g}"
-    if dead > SHARE:
-        what = f"{dead:.0%} of the training maps are constant"
-        change = "lower --beta, which pays for maps of zero" if config.beta > 0 else "lower --alpha"
-        if config.alpha > 0 and config.beta > 0:
-            change += ", or --alpha"
-    elif uniform > SHARE:
+    name = "norm_weight" if combined else "beta"
+    norm, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+    lower = ["--alpha"] if config.alpha > 0 else []
+    if dead > DEAD:
+        what = f"{dead:.0%} of the training maps are all zero"
+        paid = [f"{flag}, which pays for maps of zero"] if norm > 0 else []
+        entropy = ["--beta, whose entropy is least there"] if combined and config.beta > 0 else []
+        change = "lower " + ", or ".join(paid + lower + entropy)
+    elif uniform > UNIFORM:
         what = f"{uniform:.0%} of the training maps are nearly uniform or cover the picture"
-        change = "raise --beta, which pays for sparse maps"
-        change += ", or lower --alpha" if config.alpha > 0 else ""
+        change = f"raise {flag}, which pays for sparse maps"
+        change += ", or lower --alpha" if lower else ""
     else:
         return ""
-    if config.alpha == 0 and config.beta == 0:
+    if config.alpha == 0 and norm == 0:
         change = "alpha and beta are 0, so it is not their doing: look at --weights and --lr"
     return (
-        f"epoch {row['epoch']}: {what} ({settings}): a trivial solution, consistent without "
-        f"explaining anything; {change}"
+        f"epoch {row['epoch']}: {what} (alpha = {config.alpha:g}, {name} = {norm:g}): a trivial "
+        f"solution, consistent without explaining anything; {change}"
     )
 
 
