@@ -65,6 +65,19 @@ def test_a_ledger_counts_what_is_held_and_what_was() -> None:
     assert ledger.peak == 8000
 
 
+def test_a_ledger_counts_what_the_kernels_of_network_ops_allocate() -> None:
+    """Not the temporaries of their formulas, which run where other dispatch modes trace."""
+    x = torch.empty(2, 3, 16, 16, device="meta", requires_grad=True)
+    ledger = Ledger()
+    with ledger.running():
+        ck.nn.functional.relu(x).sum().backward()
+    assert ledger.peak < 2 * x.nbytes + x.nbytes // 8
+    ledger = Ledger()
+    with ledger.running():
+        y = ck.nn.functional.max_pool2d(x, 2)
+    assert ledger.peak == y.nbytes + y.numel()
+
+
 def test_the_report_says_what_is_kept_and_changes_nothing() -> None:
     model = small_network()
     before = copy.deepcopy(model.state_dict())

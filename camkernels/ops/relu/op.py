@@ -55,8 +55,10 @@ def _relaid(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _kernel(name: str, backend: str) -> Callable[..., Any]:
-    """Where a dispatch mode traces, tensors may hold no data, and no kernel may read them."""
-    return _chain.implementation("relu", name, "reference" if _chain._is_traced() else backend)
+    """Where a dispatch mode traces, tensors may hold no data, and no kernel may read them; what
+    only allocates (a ledger is such a mode) reads none."""
+    traced = _chain._is_traced() and backend != "meta"
+    return _chain.implementation("relu", name, "reference" if traced else backend)
 
 
 def _run_backward(
