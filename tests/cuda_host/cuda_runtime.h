@@ -7,8 +7,12 @@
 // - a warp operation that a lane of its mask misses;
 // - accesses to shared memory outside of what was asked for at the launch;
 // - races on shared memory: two threads, one of which writes, without a barrier between;
-// - shared memory read before it was written (it is filled with NaN before each block).
-// Accesses are seen through camkernels::cuda::Shared (csrc/common/block.cuh).
+// - shared memory read before it was written (it is filled with NaN before each block);
+// - a block that arrives (atomicAdd, which kernels use for nothing else) before all its threads
+//   have called __threadfence and met at a barrier: others might read what is not written yet;
+// - a read of what other blocks wrote (__ldcg) without __threadfence since the block's arrival.
+// Accesses are seen through camkernels::cuda::Shared (csrc/common/block.cuh). Stores to global
+// memory are not: one between a thread's fence and the barrier goes unnoticed.
 #pragma once
 
 #include <cmath>
@@ -65,6 +69,9 @@ void barrier(const char* file, int line);
 const uint32_t* exchange(const char* file, int line, unsigned mask, uint32_t value);
 int lane();
 void watch(const void* address, size_t bytes, bool writes);
+void fence();
+void arrive();
+void read_from_others();
 [[noreturn]] void fail(const char* message);
 
 }  // namespace cuda_host
@@ -103,7 +110,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin
                        int line = __builtin_LINE()) {
   cuda_host::exchange(file, line, mask, 0);
 }
-inline void __threadfence() {}
+inline void __threadfence() { cuda_host::fence(); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, const char* file = __builtin_FILE(),
@@ -140,12 +147,14 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate, const char* file = 
 }
 
 inline int atomicAdd(int* address, int value) {
+  cuda_host::arrive();
   const int before = *address;
   *address += value;
   return before;
 }
 template <class T>
 T __ldcg(const T* address) {
+  cuda_host::read_from_others();
   return *address;
 }
 inline float __int_as_float(int bits) {

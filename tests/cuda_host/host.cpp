@@ -27,6 +27,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr int kNobody = -1, kSeveral = -2;
+constexpr int kNever = -1;  // no epoch
 
 enum State { kReady, kAtBarrier, kInWarp, kEnded };
 
@@ -38,6 +39,7 @@ struct Fibre {
   unsigned mask;
   uint32_t value;
   uint32_t received[kWarp];
+  int fenced;  // epoch of its last fence
   jmp_buf resume;
   std::unique_ptr<char[]> stack;
 };
@@ -51,7 +53,7 @@ Fibre fibres[kMostThreads];
 Cell cells[kSharedBytes / 4];
 jmp_buf scheduler;
 const std::function<void()>* body;
-int threads, current, epoch;
+int threads, current, epoch, arrived;
 size_t asked_bytes;
 std::string failure;
 unsigned order_seed;
@@ -161,9 +163,11 @@ std::string stalled() {
 void run_block() {
   std::memset(camkernels::cuda::camkernels_shared, 0xff, kSharedBytes);  // NaN
   ++epoch;
+  arrived = kNever;
   for (int i = 0; i < threads; ++i) {
     fibres[i].state = kReady;
     fibres[i].begun = false;
+    fibres[i].fenced = kNever;
     if (!fibres[i].stack) fibres[i].stack.reset(new char[kStackBytes]);
   }
   const std::vector<unsigned> lanes = ordered(kWarp), warps = ordered(threads / kWarp);
@@ -232,6 +236,23 @@ void watch(const void* address, size_t bytes, bool writes) {
     cell.writer = current;
   } else {
     cell.reader = cell.reader == kNobody || cell.reader == current ? current : kSeveral;
+  }
+}
+
+void fence() { fibres[current].fenced = epoch; }
+
+void arrive() {
+  for (int i = 0; i < threads; ++i) {
+    if (fibres[i].fenced != epoch - 1) {
+      fail("the block arrives before all its threads have fenced and met at a barrier");
+    }
+  }
+  arrived = epoch;
+}
+
+void read_from_others() {
+  if (arrived != kNever && fibres[current].fenced <= arrived) {
+    fail("what other blocks wrote is read without a fence since the arrival");
   }
 }
 

@@ -75,6 +75,33 @@ __global__ void count_arrivals(int* arrivals, int blocks, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = last;
 }
 
+// An arrival as of arrives_last, or without one of its parts.
+__global__ void arrive(int* arrivals, bool fences, bool barrier, bool fences_again, float* out) {
+  out[threadIdx.x] = 1;
+  if (fences) __threadfence();
+  if (barrier) __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(arrivals, 1);
+  __syncthreads();
+  if (fences_again) __threadfence();
+  out[kThreads + threadIdx.x] = __ldcg(out + threadIdx.x);
+}
+
+// The first lanes of a warp, and a mask of 16 of them.
+__global__ void shuffle(float* out, int lanes, int from) {
+  const int i = threadIdx.x;
+  float value = (float)i;
+  if (i % kWarp < lanes) value = __shfl_sync(0xffffu, value, from);
+  out[i] = value;
+}
+
+// Blocks of another size than launch() gives them.
+int launch_threads(unsigned threads, float* out) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(threads);
+  return cudaLaunchKernelEx(&config, beyond, out, 0);
+}
+
 }  // namespace
 
 int probe(const std::string& name, const float* in, float* out) {
@@ -89,12 +116,22 @@ int probe(const std::string& name, const float* in, float* out) {
   if (name == "unwritten") return launch(beyond, 1, bytes, nullptr, out, 7);
   if (name == "half a warp") return launch(half_a_warp, 1, bytes, nullptr, out);
   if (name == "warps") return launch(warps, 1, bytes, nullptr, in, out);
+  if (name == "shuffle of half a warp") return launch(shuffle, 1, 0, nullptr, out, 16, 3);
+  if (name == "shuffle from outside") return launch(shuffle, 1, 0, nullptr, out, 16, 17);
+  if (name == "shuffle of others") return launch(shuffle, 1, 0, nullptr, out, kWarp, 3);
+  if (name == "part of a warp") return launch_threads(kWarp + 8, out);
+  if (name == "too many threads") return launch_threads(1024 + kWarp, out);
   if (name == "too much shared memory") return launch(mirror, 1, 1 << 20, nullptr, in, out, true);
   if (name == "arrivals") {
     int arrivals = 0;
     const int status = launch(count_arrivals, 3, bytes, nullptr, &arrivals, 3, out);
     out[3] = (float)arrivals;
     return status;
+  }
+  if (name.rfind("arrival", 0) == 0) {
+    int arrivals = 0;
+    return launch(arrive, 1, 0, nullptr, &arrivals, name != "arrival without fence",
+                  name != "arrival without barrier", name != "arrival without second fence", out);
   }
   return -1;
 }

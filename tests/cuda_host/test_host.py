@@ -62,6 +62,23 @@ def test_one_block_arrives_last(module: Any, order: int) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_what_a_block_wrote_is_fenced_on_both_sides_of_its_arrival(module: Any, order: int) -> None:
+    module.set_order(order)
+    status, _, out = probe(module, "arrival")
+    assert status == 0
+    assert bool((out[1] == 1).all())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_warp_operation_of_some_lanes(module: Any, order: int) -> None:
+    module.set_order(order)
+    _, _, out = probe(module, "shuffle of half a warp")
+    expected = torch.arange(float(THREADS)).view(-1, 32)
+    expected[:, :16] = expected[:, 3:4]
+    assert torch.equal(out[0].view(-1, 32), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -72,6 +89,13 @@ def test_one_block_arrives_last(module: Any, order: int) -> None:
         ("half a warp", r"threads wait for others.*waits for its warp"),
         ("beyond", "outside of what the launch asked for"),
         ("below", "outside of what the launch asked for"),
+        ("shuffle from outside", "reads a lane outside of its mask"),
+        ("shuffle of others", "a warp operation whose mask lacks it"),
+        ("part of a warp", "in whole warps"),
+        ("too many threads", "up to 1024 threads"),
+        ("arrival without fence", "arrives before all its threads have fenced"),
+        ("arrival without barrier", "fenced and met at a barrier"),
+        ("arrival without second fence", "read without a fence since the arrival"),
     ],
 )
 def test_faults_are_found(module: Any, name: str, message: str, order: int) -> None:
