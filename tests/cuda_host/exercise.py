@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
 def calls() -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
     """Name, and an op with its gradients on the backend in force."""
     import camkernels as ck
-    from camkernels.nn.functional import relu
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for shape, layout in ACTIVATIONS:
@@ -73,21 +73,39 @@ def calls() -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
 
         yield f"map_statistics {dtype}", statistics
         yield from similarities(dtype)
-        u = torch.randn(5003).to(dtype).requires_grad_()
+        yield from rectifiers(dtype)
 
-        def rectified(u: Tensor = u) -> list[Tensor]:
-            v = relu(u)
-            return [v.detach(), *torch.autograd.grad(v.float().square().sum(), u)]
 
-        yield f"relu {dtype}", rectified
+def rectifiers(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """relu by its mask and by its output, plain and guided; the cotangent is signed."""
+    import camkernels as ck
+    from camkernels.nn.functional import relu
+
+    u = torch.randn(5003).to(dtype).requires_grad_()
+    cotangent = torch.randn(5003).to(dtype)
+    for save in ("mask", "output"):
+        for guided in (False, True):
+
+            def rectified(save: str = save, guided: bool = guided) -> list[Tensor]:
+                v = relu(u, save=save)
+                with ck.guided() if guided else nullcontext():
+                    return [v.detach(), *torch.autograd.grad(v, u, cotangent)]
+
+            yield f"relu {save} {'guided' if guided else 'plain'} {dtype}", rectified
+
+
+def similar(dtype: torch.dtype, *shape: int) -> list[Tensor]:
+    """Two tensors whose similarity is not by chance next to 0, which is then what errors are of."""
+    x, y = torch.rand(2, *shape)
+    return [t.to(dtype).requires_grad_() for t in (x, 0.5 * (x + y))]
 
 
 def similarities(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
     """ssim and warped_ssim: windows of one span and of several, maps that several blocks join."""
     import camkernels as ck
 
-    x, y = (torch.rand(2, 2, 40, 37).to(dtype).requires_grad_() for _ in range(2))
-    maps, others = (torch.rand(2, 20, 9).to(dtype).requires_grad_() for _ in range(2))
+    x, y = similar(dtype, 2, 2, 40, 37)
+    maps, others = similar(dtype, 2, 20, 9)
     boxes = torch.tensor([[0, 0, 40, 37], [3, 5, 20, 11]])
     flips = torch.tensor([False, True])
     for length in (5, 21):

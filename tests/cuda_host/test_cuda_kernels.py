@@ -1,4 +1,4 @@
-"""What is special to the CUDA kernels: layouts of every path, orders of threads, barriers, errors.
+"""What is special to the CUDA kernels: layouts of every path, launches, errors.
 
 Run on the host build (see build.py), and on a GPU where there is one.
 """
@@ -6,31 +6,33 @@ Run on the host build (see build.py), and on a GPU where there is one.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 import torch
-from cuda_host import build
-from cuda_host.exercise import exercise, lay_out
-from hypothesis import given
+from cuda_host.cases import DEVICE, OPS, WAYS, both_ways, forward, kernel_of, leaves_of
+from cuda_host.exercise import lay_out
+from hypothesis import example, given
 from hypothesis import strategies as st
+from ops import oracle
+from ops.base import OpTests, Request
+from ops.test_cam_statistics import TestCamStatistics as CamStatisticsTests
+from ops.test_map_statistics import TestMapStatistics as MapStatisticsTests
 from torch import Tensor, nn
 
 import camkernels as ck
 from camkernels import backends, doctor
 from camkernels.ops import _cuda_launch, _gpu
+from camkernels.ops.relu import cuda as relu_cuda
 
 reason = backends.unavailable_reason("cuda")
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"backend cuda: {reason}")
 on_host = pytest.mark.skipif(
     not backends.cuda_on_host(), reason="the CUDA kernels are not built for the host here"
 )
-DEVICE = "cpu" if reason is not None or backends.cuda_on_host() else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def module() -> Any:
@@ -49,9 +51,29 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int) -
 
 
 LAYOUTS = st.sampled_from(("nchw", "channels_last", "strided", "offset", "expanded"))
+# No sample, one pixel, one channel, more channels than a block takes, more pixels than it has
+# threads and than a tile has.
+SIZES = ((0, 3, 4, 5), (2, 5, 1, 1), (2, 1, 6, 7), (1, 257, 3, 5), (2, 2, 60, 53))
 
 
+def at_the_edges(ops: Sequence[str], **rest: Any) -> Callable[[Test], Test]:
+    """Every op at each of SIZES, whatever Hypothesis draws."""
+
+    def pinned(test: Test) -> Test:
+        for op in ops:
+            for batch, channels, height, width in SIZES:
+                test = example(
+                    op=op, batch=batch, channels=channels, height=height, width=width, seed=0,
+                    dtypes=(torch.float32, torch.bfloat16), relu=True, **rest,
+                )(test)  # fmt: skip
+        return test
+
+    return pinned
+
+
+@at_the_edges(("grad_cam", "class_activation_map"), layouts=("nchw", "channels_last"))
 @given(
+    op=st.sampled_from(("grad_cam", "class_activation_map")),
     batch=st.integers(0, 3),
     channels=st.integers(1, 70) | st.sampled_from((256, 257, 530)),
     height=st.integers(1, 20) | st.just(60),
@@ -62,8 +84,8 @@ LAYOUTS = st.sampled_from(("nchw", "channels_last", "strided", "offset", "expand
     seed=st.integers(0, 2**16),
 )
 def test_every_path_through_the_layouts(
-    batch: int, channels: int, height: int, width: int, dtypes: Any, layouts: Any, relu: bool,
-    seed: int,
+    op: str, batch: int, channels: int, height: int, width: int, dtypes: Any, layouts: Any,
+    relu: bool, seed: int,
 ) -> None:  # fmt: skip
     """Maps and both cotangents are those of float64; sums of signed values, so errors are held
     against the sums of magnitudes."""
@@ -72,12 +94,14 @@ def test_every_path_through_the_layouts(
         values(shape, dtype, layout, seed + i)
         for i, (dtype, layout) in enumerate(zip(dtypes, layouts, strict=True))
     )
+    if op == "class_activation_map":
+        g = g[..., 0, 0]
     cotangent = values((batch, 1, height, width), torch.float32, "nchw", seed + 2)[:, 0]
 
     def run(a: Tensor, g: Tensor, cotangent: Tensor, backend: str) -> list[Tensor]:
         leaves = a.detach().requires_grad_(), g.detach().requires_grad_()
         with ck.backend(backend):  # type: ignore[arg-type]
-            maps = ck.grad_cam(*leaves, relu=relu)
+            maps = getattr(ck, op)(*leaves, relu=relu)
         grads = torch.autograd.grad(maps, leaves, cotangent.to(maps.dtype))
         return [maps.detach(), *grads]
 
@@ -90,28 +114,72 @@ def test_every_path_through_the_layouts(
     rounding = [(0.0, 0.0)]
     for kind in map(torch.finfo, dtypes):
         rounding.append((kind.eps, kind.tiny * kind.eps))  # denormals are spaced evenly
-    for x, y, size, (eps, least) in zip(found, truth, sizes, rounding, strict=True):
-        error = (x.double() - y).abs().where(~edge[:, None] if x.dim() == 4 else ~edge, 0.0)
-        if x is found[2] and bool(edge.any()):
-            continue  # of every pixel of the map something goes to G
+    for i, (x, y, size) in enumerate(zip(found, truth, sizes, strict=True)):
+        eps, least = rounding[i]
+        if i == 2 and bool(edge.any()):
+            continue  # of every pixel of the map something goes to G, or the weights
+        error = (x.double() - y).abs()
+        if i < 2:
+            error = error.where(~edge[:, None] if i == 1 else ~edge, 0.0)
         assert bool((error <= (1e-5 + eps) * size + least + 1e-30).all())
 
 
-@on_host
-def test_results_do_not_depend_on_the_order_of_threads_and_blocks() -> None:
-    assert exercise(module()) == []
+STATISTICS: dict[str, OpTests] = {
+    "cam_statistics": CamStatisticsTests(),
+    "map_statistics": MapStatisticsTests(),
+}
+
+
+@at_the_edges(tuple(STATISTICS), layouts=("contiguous", "channels_last"))
+@given(
+    op=st.sampled_from(tuple(STATISTICS)),
+    batch=st.integers(0, 3),
+    channels=st.integers(1, 70) | st.just(257),
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    layouts=st.tuples(st.sampled_from(oracle.LAYOUTS), st.sampled_from(oracle.LAYOUTS)),
+    relu=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_statistics_over_every_path(
+    op: str, batch: int, channels: int, height: int, width: int, dtypes: Any, layouts: Any,
+    relu: bool, seed: int,
+) -> None:  # fmt: skip
+    """As good as eager PyTorch, see ops/oracle.py: statistics are no sums whose terms tell."""
+    request = Request(
+        batch, channels, height, width, "gradients", dtypes, layouts, relu, seed=seed
+    )  # fmt: skip
+    tests = STATISTICS[op]
+    tests.check("cuda", tests.build(request))
+
+
+# ---- launches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("batch", "launches"), [(2, 1), (0, 0)])
+def test_an_op_is_one_launch_each_way(op: str, batch: int, launches: int) -> None:
+    leaves = leaves_of(op, batch)
+    before = module().launches()
+    value = forward(op, leaves)
+    assert module().launches() == before + launches
+    torch.autograd.grad(value.sum(), leaves)
+    assert module().launches() == before + 2 * launches
 
 
 def forward_and_backward(criterion: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> None:
     criterion(model(x), y).backward()
 
 
-def test_a_cam_entropy_step_is_one_launch_each_way() -> None:
+@pytest.mark.parametrize("head", ["closed_form", "autograd"])
+@pytest.mark.parametrize("regularizer", ["entropy", "area", "dispersion"])
+def test_a_cam_entropy_step_is_one_launch_each_way(regularizer: str, head: str) -> None:
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(8, 5)).to(DEVICE)
     x, y = torch.randn(4, 3, 9, 9, device=DEVICE), torch.tensor([0, 1, 2, 3], device=DEVICE)
     with ck.backend("cuda"):
-        criterion = ck.CAMEntropyLoss(model, "1", beta=0.1)
+        criterion = ck.CAMEntropyLoss(model, "1", beta=0.1, regularizer=regularizer, head=head)
         forward_and_backward(criterion, model, x, y)
         before = module().launches()
         loss = criterion(model(x), y)
@@ -150,64 +218,95 @@ def test_float64_and_other_devices_are_refused() -> None:
             ck.map_statistics(torch.rand(2, 3, 3))
 
 
-def test_a_failed_launch_names_the_error_the_op_and_the_shape(
-    monkeypatch: pytest.MonkeyPatch,
+# ---- what fails ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_failed_launch_names_the_error_the_op_and_all_shapes(
+    op: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module(), "map_statistics_fwd", lambda *arguments: 1)
-    with (
-        ck.backend("cuda"),
-        pytest.raises(RuntimeError, match=r"map_statistics_fwd.*\(2, 3, 5\) float32: cudaErrorInv"),
-    ):
-        ck.map_statistics(torch.rand(2, 3, 5, device=DEVICE))
+    kernel, leaves = kernel_of(op, way), leaves_of(op, 2)
+    value = forward(op, leaves) if way == "bwd" else None
+    monkeypatch.setattr(module(), kernel, lambda *arguments: 1)
+    with pytest.raises(RuntimeError) as caught:
+        forward(op, leaves) if value is None else torch.autograd.grad(value.sum(), leaves)
+    message = str(caught.value)
+    assert re.match(rf"camkernels::{kernel} on .*: cudaErrorInvalidValue \(", message)
+    for leaf in leaves:
+        assert f"{tuple(leaf.shape)} float32" in message
+    # what stands beside the leaves, of shapes that none of them has
+    cotangents = {"ssim": (2,), "warped_ssim": (2,), "grad_cam": (2, 3, 5)}
+    if way == "bwd" and op in cotangents:
+        assert f"{cotangents[op]} float32" in message
+    assert op != "warped_ssim" or "(2, 4) int64, (2,) bool" in message
 
 
-# ---- every barrier is needed, and is missed where it is removed ---------------------------------
-
-BARRIER = "__syncthreads();"
-# Not seen where blocks run one after another: in arrives_last, what a block wrote comes before
-# its arrival.
-UNSEEN = {("common/block.cuh", 3)}
+def test_every_kernel_has_a_failing_launch() -> None:
+    kernels = {name for name in dir(module()) if name.endswith(WAYS)}
+    assert kernels == {kernel_of(op, way) for op in OPS for way in WAYS}
 
 
-def barriers() -> list[tuple[str, int]]:
-    """File and number of each barrier in the kernels."""
-    found = []
-    for path in sorted(build.CSRC.glob("*/*.cu*")):
-        count = path.read_text(encoding="utf-8").count(BARRIER)
-        found += [(path.relative_to(build.CSRC).as_posix(), i) for i in range(count)]
-    return [barrier for barrier in found if barrier not in UNSEEN]
-
-
-def without(text: str, index: int) -> str:
-    spots = [m.start() for m in re.finditer(re.escape(BARRIER), text)]
-    return text[: spots[index]] + ";" + text[spots[index] + len(BARRIER) :]
-
-
-def seen_to_fail(folder: Path, file: str, index: int) -> str:
-    """What the kernels' exercise says of a copy without one barrier."""
-    copy = folder / "csrc"
-    shutil.copytree(build.CSRC, copy)
-    path = copy / file
-    path.write_text(without(path.read_text(encoding="utf-8"), index), encoding="utf-8")
-    built = build.build(folder / "build", copy)
-    run = subprocess.run(
-        [sys.executable, str(build.HERE / "exercise.py"), str(built)],
-        capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert run.returncode in (0, 1), run.stderr[-2000:]
-    return run.stdout
+def test_too_many_blocks_are_a_failed_launch() -> None:
+    count = 2**43  # 2^32 blocks; all of it is one element, which is not touched
+    expected = rf"relu_fwd on .* of \({count},\) float32: cudaErrorInvalidConfiguration"
+    with pytest.raises(RuntimeError, match=expected):
+        relu_cuda.relu_fwd(torch.zeros(1, device=DEVICE).expand(count), True, False)
 
 
 @on_host
-def test_a_removed_barrier_is_caught(tmp_path: Path) -> None:
-    """One in CI; all of them in the slow test below."""
-    file = "cam/channels.cuh"
-    assert "race on shared memory" in seen_to_fail(tmp_path, file, 2)
+def test_too_much_shared_memory_is_a_failed_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1024)
+
+    def asks_for_too_much(*arguments: Any) -> int:
+        return int(module().probe("too much shared memory", x.data_ptr(), x.data_ptr()))
+
+    monkeypatch.setattr(module(), "relu_fwd", asks_for_too_much)
+    with pytest.raises(RuntimeError, match=r"relu_fwd on .* \(2, 3, 5\) .*cudaErrorInvalidValue"):
+        forward("relu", leaves_of("relu", 2))
 
 
-@on_host
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "index"), barriers())
-def test_every_removed_barrier_is_caught(tmp_path: Path, file: str, index: int) -> None:
-    found = seen_to_fail(tmp_path, file, index)
-    assert "race on shared memory" in found or "result" in found, "not needed, or not watched"
+def fail_allocation(monkeypatch: pytest.MonkeyPatch, number: int) -> list[BaseException | None]:
+    """Lets this allocation of those to come fail, and no other; one entry for each that was made,
+    which is the error where there was one."""
+    made: list[BaseException | None] = []
+
+    def watched(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*arguments: Any, **options: Any) -> Tensor:
+            error = torch.OutOfMemoryError("no memory left") if len(made) == number else None
+            made.append(error)
+            if error is not None:
+                raise error
+            return allocate(*arguments, **options)
+
+        return wrapper
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like"),
+                        (torch, "zeros")):  # fmt: skip
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    return made
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_call_after_one_without_memory_is_as_if_nothing_had_been(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each allocation of the op and its backward in turn; that of the counters is one of them."""
+    leaves = leaves_of(op, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(_gpu, "_counters", {})
+        made = fail_allocation(patch, -1)
+        expected = both_ways(op, leaves)
+    count = len(made)
+    assert count > 1  # of both ways
+    for number in range(count):
+        with monkeypatch.context() as patch:
+            patch.setattr(_gpu, "_counters", {})
+            made = fail_allocation(patch, number)
+            with pytest.raises(torch.OutOfMemoryError) as caught:
+                both_ways(op, leaves)
+            assert caught.value is made[-1]
+            assert len(made) == number + 1
+            assert not any(bool(counter.any()) for counter in _gpu._counters.values())
+            for found, value in zip(both_ways(op, leaves), expected, strict=True):
+                assert torch.equal(found, value)
