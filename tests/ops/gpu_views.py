@@ -19,6 +19,7 @@ from torch import Tensor
 
 from camkernels import backends
 from camkernels.ops.ssim import reference as ssim_reference
+from camkernels.ops.warp import reference as warp_reference
 from camkernels.ops.warped_ssim import reference as warped_reference
 
 INTERPRETED = backends.triton_interpreted()
@@ -71,16 +72,21 @@ def laid(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-def close(found: Tensor, truth: Tensor, name: str = "", eager: Tensor | None = None) -> None:
+def close(
+    found: Tensor, truth: Tensor, name: str = "", eager: Tensor | None = None,
+    terms: Tensor | None = None,
+) -> None:  # fmt: skip
     """Within the rounding of the dtype and a few units of the sample's largest value (of 1 for
-    values of SSIM), and twice what the formula is off by in float32: variances cancel."""
+    values of SSIM; of ``terms`` where those are given, whose sums cancel), and twice what the
+    formula is off by in float32: variances cancel."""
     assert found.shape == truth.shape, name
     assert found.is_contiguous(), name
     if not truth.numel():
         return
     found, rounding, truth = found.cpu().double(), ROUNDING[found.dtype], truth.cpu()
     dims = tuple(range(1, truth.dim()))
-    largest = truth.abs().nan_to_num().amax(dims, keepdim=True) if dims else 1.0
+    sizes = truth if terms is None else terms.cpu()
+    largest = sizes.abs().nan_to_num().amax(dims, keepdim=True) if dims else 1.0
     allowed = OF_THE_LARGEST * largest + rounding * truth.abs() + (rounding > 0) * 1e-7
     if eager is not None:
         off = (eager.cpu().double() - truth).abs().nan_to_num()
@@ -149,6 +155,26 @@ def compare_ssim(
         close(found, truth, f"cotangent of {name}", eager)
 
 
+def cotangent_terms(
+    grad: Tensor, maps: Tensor, others: Tensor, boxes: Tensor, flips: Tensor, via: Any, size: Any,
+    *window: Any,
+) -> list[Tensor]:  # fmt: skip
+    """The magnitudes that a pixel's cotangent is summed from, for both maps: it takes from the
+    whole picture where a map has one pixel, and next to nothing of that may be left."""
+
+    def warped(maps: Tensor) -> Tensor:
+        return warp_reference.warp(maps[:, None], boxes, flips, via, size)
+
+    def enlarged(others: Tensor) -> Tensor:
+        return warped_reference.enlarged(others, size)
+
+    pulls = [torch.func.vjp(f, t) for f, t in ((warped, maps), (enlarged, others))]
+    pictures = ssim_reference.ssim_bwd(
+        grad, *(picture for picture, _ in pulls), *window, True, True
+    )
+    return [pull(d.abs())[0] for (_, pull), d in zip(pulls, pictures, strict=True)]
+
+
 def compare_warped(
     backend: str, maps: Tensor, others: Tensor, boxes: Tensor, flips: Tensor, via: Any, size: Any,
     rows: Any, columns: Any, same: bool, want: tuple[bool, bool] = (True, True),
@@ -166,6 +192,7 @@ def compare_warped(
     truths = warped_reference.warped_ssim_bwd(grad.double(), *wide, *want)
     eagers = warped_reference.warped_ssim_bwd(grad, *narrow, *want)
     assert [t.dtype for t in found_both] == [maps.dtype, others.dtype]
+    terms = cotangent_terms(grad.double(), *wide)
     names = ("maps", "others")
-    for name, found, truth, eager in zip(names, found_both, truths, eagers, strict=True):
-        close(found, truth, f"cotangent of {name}", eager)
+    for i, (found, truth, eager) in enumerate(zip(found_both, truths, eagers, strict=True)):
+        close(found, truth, f"cotangent of {names[i]}", eager, terms[i] if want[i] else None)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from ops.base import device_of, every_backend, has_double
 from torch import Tensor
 
@@ -96,6 +99,34 @@ def test_values_and_both_backwards(backend: str, save: str, count: int) -> None:
             else:
                 (found,) = torch.autograd.grad(v, leaf, grad.to(v.device), retain_graph=True)
             same(found, expected_grad)
+
+
+@every_backend
+@hypothesis.example(count=0, offset=0, dtype=torch.float32, save="mask", guided=False, seed=0)
+@hypothesis.example(count=2048, offset=0, dtype=torch.float16, save="output", guided=True, seed=0)
+@hypothesis.example(count=2049, offset=1, dtype=torch.bfloat16, save="mask", guided=True, seed=0)
+@hypothesis.given(
+    count=st.integers(0, 300) | st.integers(2000, 5000),  # a block of CUDA's takes 2048
+    offset=st.integers(0, 9),
+    dtype=st.sampled_from(DTYPES),
+    save=st.sampled_from(SAVES),
+    guided=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_count_and_address(
+    backend: str, count: int, offset: int, dtype: torch.dtype, save: str, guided: bool, seed: int
+) -> None:
+    hypothesis.assume(dtype in dtypes_of(backend))
+    u = values(offset + count, dtype, seed)[offset:]
+    grad = values(offset + count, dtype, seed + 1).flip(0)[offset:]
+    leaf = u.to(device_of(backend)).requires_grad_()
+    with ck.backend(backend):  # type: ignore[arg-type]
+        v = relu(leaf, save=save)
+    with ck.guided() if guided else nullcontext():
+        (found,) = torch.autograd.grad(v, leaf, grad.to(v.device))
+    expected, expected_grad = truth(u, grad, guided)
+    same(v.detach(), expected)
+    same(found, expected_grad)
 
 
 @every_backend

@@ -14,6 +14,7 @@ from ops.gpu_views import (
     C2,
     DEVICE,
     DTYPE_PAIRS,
+    INTERPRETED,
     ROUNDING,
     SLOW,
     compare_ssim,
@@ -73,22 +74,41 @@ def test_ssim_strides_dtypes_and_wants(backend: str, layout: str, dtypes: Any) -
     compare_ssim(backend, y, x, rows, columns, index != 0, want[::-1], grad)
 
 
+DTYPES = st.sampled_from(list(ROUNDING))
+# A call takes seconds in the interpreter.
+few_examples = hypothesis.settings(max_examples=8 if INTERPRETED else 12, deadline=None)
+
+
+def beyond_a_block(**arguments: Any) -> Any:
+    """An example of more pixels than a block of CUDA's has threads."""
+    return (lambda test: test) if INTERPRETED else hypothesis.example(**arguments)
+
+
 @gpu_backends
-@hypothesis.settings(max_examples=12, deadline=None)
+@few_examples
+@hypothesis.example(
+    batch=0, channels=2, height=4, width=5, kind="gaussian", length=3, same=True, seed=0,
+    dtypes=(torch.float32, torch.float32),
+)  # fmt: skip
+@beyond_a_block(
+    batch=1, channels=1, height=33, width=18, kind="lopsided", length=7, same=False, seed=0,
+    dtypes=(torch.bfloat16, torch.float16),
+)  # fmt: skip
 @hypothesis.given(
-    batch=st.integers(1, 2), channels=st.integers(1, 2), height=st.integers(1, 20),
+    batch=st.integers(0, 2), channels=st.integers(1, 2), height=st.integers(1, 20),
     width=st.integers(1, 20), kind=st.sampled_from(["gaussian", "uniform", "lopsided"]),
     length=st.sampled_from([1, 3, 7, 11]), same=st.booleans(), seed=st.integers(0, 2**31),
+    dtypes=st.tuples(DTYPES, DTYPES),
 )  # fmt: skip
 def test_ssim_of_any_sizes(
     backend: str, batch: int, channels: int, height: int, width: int, kind: str, length: int,
-    same: bool, seed: int,
+    same: bool, seed: int, dtypes: Any,
 ) -> None:  # fmt: skip
     shape = (batch, channels, height, width)
     rows, columns = windows((height, width), kind, length)
     if same:  # of odd size, or there are more windows than pixels
         rows, columns = windows((height, width), "uniform" if kind == "lopsided" else kind, length)
-    x, y = random(*shape, seed=seed), random(*shape, seed=seed + 1)
+    x, y = (random(*shape, seed=seed + i, dtype=dtype) for i, dtype in enumerate(dtypes))
     compare_ssim(backend, x, y, rows, columns, same)
 
 
@@ -174,24 +194,39 @@ def test_warped_ssim_strides_dtypes_and_wants(backend: str, layout: str, dtypes:
     )
 
 
-@gpu_backends
-@hypothesis.settings(max_examples=12, deadline=None)
-@hypothesis.given(data=st.data())
-def test_warped_ssim_of_any_sizes(backend: str, data: Any) -> None:
-    def sides(most: int) -> Any:
-        return data.draw(st.tuples(st.integers(1, most), st.integers(1, most)))
+def sides(most: int) -> Any:
+    return st.tuples(st.integers(1, most), st.integers(1, most))
 
-    shape, other, size = sides(9), sides(9), sides(20)
-    via = sides(30) if data.draw(st.booleans()) else shape
-    batch, seed = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 2**31))
-    boxes, flips = (t[-batch:] for t in random_boxes(via, 4, seed))
-    maps, others = random(batch, *shape, seed=seed), random(batch, *other, seed=seed + 1)
-    kind = data.draw(st.sampled_from(["gaussian", "uniform"]))
-    length = data.draw(st.sampled_from([1, 3, 11]))
-    rows, columns = windows(size, kind, length)
-    compare_warped(
-        backend, maps, others, boxes, flips, via, size, rows, columns, data.draw(st.booleans())
+
+@gpu_backends
+@few_examples
+@hypothesis.example(
+    batch=0, shape=(3, 4), other=(5, 2), via=(20, 9), size=(12, 17), kind="gaussian", length=3,
+    same=True, seed=0, dtypes=(torch.float32, torch.float32),
+)  # fmt: skip
+@beyond_a_block(
+    batch=2, shape=(20, 17), other=(17, 18), via=(25, 23), size=(20, 19), kind="uniform", length=3,
+    same=False, seed=0, dtypes=(torch.float16, torch.bfloat16),
+)  # fmt: skip
+@hypothesis.given(
+    batch=st.integers(0, 2), shape=sides(9), other=sides(9), via=st.none() | sides(30),
+    size=sides(20), kind=st.sampled_from(["gaussian", "uniform"]),
+    length=st.sampled_from([1, 3, 11]), same=st.booleans(), seed=st.integers(0, 2**31),
+    dtypes=st.tuples(DTYPES, DTYPES),
+)  # fmt: skip
+def test_warped_ssim_of_any_sizes(
+    backend: str, batch: int, shape: Any, other: Any, via: Any, size: Any, kind: str, length: int,
+    same: bool, seed: int, dtypes: Any,
+) -> None:  # fmt: skip
+    """``via`` of None: the maps as they are."""
+    via = via or shape
+    boxes, flips = (t[len(t) - batch :] for t in random_boxes(via, 4, seed))
+    maps, others = (
+        random(batch, *plane, seed=seed + i, dtype=dtypes[i])
+        for i, plane in enumerate((shape, other))
     )
+    rows, columns = windows(size, kind, length)
+    compare_warped(backend, maps, others, boxes, flips, via, size, rows, columns, same)
 
 
 @gpu_backends
