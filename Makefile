@@ -68,6 +68,7 @@ test: lint types
 test-slow: $(VENV)/.tests
 	CAMKERNELS_REQUIRE=cpu $(PYTEST) tests -m "slow and not gpu"
 	TRITON_INTERPRET=1 CAMKERNELS_REQUIRE=triton $(PYTEST) tests/ops -m "slow and not gpu"
+	CAMKERNELS_CUDA_HOST=1 CAMKERNELS_REQUIRE=cuda $(PYTEST) tests/cuda_host $(CUDA_TESTS) -m "slow and not gpu"
 
 bench: $(VENV)/.tests
 	$(PY) -m benchmarks run all --device cpu
