@@ -26,6 +26,12 @@ SHARED = {
     "warped_ssim_fwd_kernel": 28736,
     "warped_ssim_bwd_kernel": 28736,
 }
+NARROW = {
+    "ssim": "Reads a pixel at a time: spans begin at any pixel (a tile less its padding), seldom "
+    "at 16 bytes, and the lanes of a warp read 32 neighbours as it is.",
+    "warped_ssim": "Reads a pixel at a time: the taps of a resampling lie anywhere in a map.",
+}
+"""Ops whose kernels read no 16 bytes at once, and why."""
 PROBE = "nothing_kernel"
 _OPS = "cam_statistics|map_statistics|cam|relu|warped_ssim|ssim"
 _TYPES = {"If": "float32", "I6__half": "float16", "I13__nv_bfloat16": "bfloat16"}

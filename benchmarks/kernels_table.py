@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.kernels_cuda import NARROW
 from benchmarks.kernels_limits import LIMITS, occupancy
 
 Row = dict[str, Any]
@@ -126,5 +127,6 @@ def markdown(table: dict[str, Any]) -> str:
         lines += ["", "What does not compile, and why:", "", *failed] if failed else ["", COMPLETE]
         for op in dict.fromkeys(row["op"] for row in rows.values()):
             lines.append(f"\n### {op}\n")
+            lines += [NARROW[op], ""] if group == "cuda" and op in NARROW else []
             lines += _rows({n: r for n, r in rows.items() if r["op"] == op}, capabilities)
     return "\n".join(lines) + "\n"

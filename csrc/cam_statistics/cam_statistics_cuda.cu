@@ -11,6 +11,17 @@ namespace {
 
 static_assert(kStatisticsFloats <= kScratch, "the scratch of a forward holds the statistics'");
 
+// The map that a block has just made.
+struct MadeMap {
+  const float* data;
+  int pixels, width;
+
+  template <class Visit>
+  __device__ void each(Visit visit) const {
+    walk<1>(pixels, width, [&](int p, int y, int x) { visit(data[p], y, x); });
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     cam_statistics_fwd_kernel(CamStatisticsForward args, Access of_activations,
@@ -20,10 +31,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const Sizes& sizes = args.cam.sizes;
   const int64_t b = blockIdx.x / ceil_div(sizes.channels, args.cam.block);
   if (threadIdx.x == 0) static_cast<float*>(args.total)[b] = total;
-  const float* map = static_cast<const float*>(args.cam.maps) + b * sizes.pixels();
+  const float* data = static_cast<const float*>(args.cam.maps) + b * sizes.pixels();
   // reduce_block has made the block wait since the map was written.
-  block_statistics([&](int p) { return map[p]; }, (int)sizes.height, (int)sizes.width, b,
-                   args.statistics, shared_array<float>(kScratchAt));
+  block_statistics(MadeMap{data, (int)sizes.pixels(), (int)sizes.width}, (int)sizes.height,
+                   (int)sizes.width, b, args.statistics, shared_array<float>(kScratchAt));
 }
 
 template <class T>

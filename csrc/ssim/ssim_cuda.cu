@@ -24,7 +24,9 @@ __device__ void store_any(void* data, int dtype, int64_t offset, float value) {
   }
 }
 
-// One plane of two stored pictures.
+// One plane of two stored pictures. Read a pixel at a time: spans begin at any pixel (a tile less
+// its padding), seldom at 16 bytes, and the lanes of a warp read 32 neighbours as it is. Which
+// dtype is one branch for the whole warp; pictures of two dtypes would make nine kernels of each.
 struct Stored {
   static constexpr bool kShares = false;
   const View &x, &y;

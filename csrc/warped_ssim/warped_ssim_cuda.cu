@@ -52,7 +52,8 @@ struct SpanTaps {
   }
 };
 
-// A map in memory, seen through rows and columns of a span.
+// A map in memory, seen through rows and columns of a span. Read a pixel at a time: the taps of a
+// resampling lie anywhere in a map.
 struct Enlarged {
   const void* data;
   int dtype;

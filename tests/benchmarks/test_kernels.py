@@ -204,6 +204,7 @@ def test_the_table_has_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = [row for row in table["triton"].values() if str(capability) in row["sm"]]
         assert {row["kernel"] for row in rows} == set(triton_aot.kernels())
     assert {row["kernel"] for row in table["cuda"].values()} == set(kernels_cuda.SHARED)
+    assert table["cuda_capabilities"] == sorted(LIMITS)
     assert kernels.FILE.with_suffix(".md").read_text() == kernels_table.markdown(table)
 
 
@@ -238,7 +239,9 @@ def test_cuda_kernels_are_no_worse_than_the_table() -> None:
     table, here = committed(), kernels.versions(module)
     if table["versions"]["cuda runtime"] != here["cuda runtime"]:
         pytest.skip("the table is of another nvcc")
-    capability = kernels_cuda.archs(module)[-1]
-    found = kernels_cuda.records(module, capability)
-    assert len(found) > 20
-    assert kernels.regressions(found, table["cuda"]) == []
+    capabilities = set(kernels_cuda.archs(module)) & set(table["cuda_capabilities"])
+    assert capabilities, "the table and the module have no architecture in common"
+    for capability in sorted(capabilities):
+        found = kernels_cuda.records(module, capability)
+        assert len(found) > 20
+        assert kernels.regressions(found, table["cuda"]) == []
