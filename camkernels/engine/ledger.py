@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from camkernels.ops.conv2d import pointwise
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
@@ -70,7 +72,8 @@ class Ledger:
     @contextmanager
     def running(self) -> Iterator[Ledger]:
         """Enter what is allocated in this block."""
-        with _Mode(self):
+        way = pointwise.meta_as_cpu() if self.device == "cpu" else nullcontext()
+        with way, _Mode(self):
             yield self
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
+from camkernels.ops.conv2d import pointwise
+
 if TYPE_CHECKING:
     from camkernels.ops.conv2d.op import ConvSpec
 
@@ -22,7 +24,7 @@ _MOST_CHANNELS = 4
 def is_suited(grad: Tensor, weight: Tensor, spec: ConvSpec) -> bool:
     """Where it pays: the first convolution of a network, on the CPU."""
     return (
-        grad.device.type == "cpu"
+        pointwise.runs_on_cpu(grad)
         and weight.shape[1] <= _MOST_CHANNELS
         and spec.stride[0] == spec.stride[1] > 1
         and spec.groups == 1

@@ -9,6 +9,9 @@ a strided one, which is zero but at the pixels that were read, is made there alo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +25,23 @@ _LEAST_WORK = 1 << 21
 # Pixels of a plane from which on products are faster in NCHW: towards pixels, and towards weights.
 _LARGE_PLANE, _LARGE_PLANE_FOR_WEIGHTS = 24 * 24, 48 * 48
 
+_meta_is_cpu: ContextVar[bool] = ContextVar("meta_is_cpu", default=False)
+
+
+@contextmanager
+def meta_as_cpu() -> Iterator[None]:
+    """Tensors on the meta device take the way of the CPU's: a step is run to count its memory."""
+    token = _meta_is_cpu.set(True)
+    try:
+        yield
+    finally:
+        _meta_is_cpu.reset(token)
+
+
+def runs_on_cpu(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind == "cpu" or (kind == "meta" and _meta_is_cpu.get())
+
 
 def is_pointwise(like: Tensor, pixels: int, weight: Tensor, spec: ConvSpec) -> bool:
     """Whether a 1 x 1 convolution on the CPU is large enough to be looked at.
@@ -33,7 +53,7 @@ def is_pointwise(like: Tensor, pixels: int, weight: Tensor, spec: ConvSpec) -> b
         tuple(weight.shape[2:]) == (1, 1)
         and spec.groups == 1
         and spec.padding == (0, 0)
-        and like.device.type == "cpu"
+        and runs_on_cpu(like)
         and pixels * weight.numel() >= _LEAST_WORK
         # a lowered precision of products is not one that the user asked for convolutions
         and (like.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest")
