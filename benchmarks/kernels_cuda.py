@@ -70,8 +70,10 @@ def dump(module: Path, *arguments: str) -> str:
 
 
 def archs(module: Path) -> list[int]:
-    """Capabilities that the module has machine code for."""
-    return sorted({int(n) for n in re.findall(r"\.sm_(\d+)\.cubin", dump(module, "--list-elf"))})
+    """Capabilities that the module has kernels for: nvcc links an empty cubin for its default."""
+    named = {int(n) for n in re.findall(r"\.sm_(\d+)\.cubin", dump(module, "--list-elf"))}
+    usage = {n: dump(module, "-res-usage", "-arch", f"sm_{n}") for n in sorted(named)}
+    return [n for n, text in usage.items() if "Function" in text]
 
 
 def readable(mangled: str) -> str:

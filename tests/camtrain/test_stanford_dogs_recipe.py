@@ -225,6 +225,7 @@ def test_a_run_leaves_the_iou_of_both_methods(
             assert min(picture.size) > 300
 
 
+@pytest.mark.slow
 def test_explain_and_evaluate_take_the_run(on_dogs: Tiny, kennel: TinyDogs, tmp_path: Path) -> None:
     config = on_dogs()
     fit(config, quiet=True)
@@ -261,6 +262,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(on_dogs: Tiny, tmp_pa
     assert all((folder / name).is_file() for name in FILES)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_training(
     on_dogs: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
