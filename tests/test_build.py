@@ -279,7 +279,10 @@ def test_ci_wants_the_cuda_kernels_unless_told_otherwise(
 ) -> None:
     make = tmp_path / "make"
     make.write_text('#!/bin/sh\necho "$@ $CAMKERNELS_CUDA"\n')
-    make.chmod(0o755)
+    nvcc = tmp_path / "nvcc"
+    nvcc.touch()
+    for tool in (make, nvcc):
+        tool.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k != "CAMKERNELS_CUDA"}
     environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
     if given is not None:
