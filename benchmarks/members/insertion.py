@@ -1,8 +1,9 @@
 """Metrics over a batch, against loops over single pictures.
 
 insertion   areas of 64 pictures: ours in batches over pictures and steps, of channels_last pictures
-            (``nchw``: of others); ``loop`` one picture at a time, its steps in one batch;
-            ``single`` one picture and one step at a time
+            by the network through ck.swap_in (``plain``: by the network as it is, ``nchw``: and of
+            other pictures); ``loop`` one picture at a time, its steps in one batch; ``single`` one
+            picture and one step at a time, by the network as it is
 boxes       the best box of 64 maps at 1001 thresholds: ours in one pass over the pixels; ``loop``
             by contours of each map at each threshold
 """
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import camkernels as ck
 from benchmarks.harness import Benchmark, Case, Options, Side, UnsupportedError
 from benchmarks.members import _steps
 from camkernels import metrics
@@ -78,13 +80,15 @@ def _insertion_case(options: Options) -> Case:
         images, targets = _steps.batch(batch, size, options, torch.float32)
         model = copy.deepcopy(_steps.resnet("resnet18")).to(options.device).eval()
         inputs = (model, images, _maps(batch, options), targets, steps)
+        last = images.contiguous(memory_format=torch.channels_last)
+        swapped = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        ck.swap_in(swapped)
         return {
             "loop": lambda: _loop(*inputs, at=steps + 1),
             "single": lambda: _loop(*inputs, at=1),
             "nchw": lambda: _ours(*inputs),
-            "ours": lambda: _ours(
-                model, images.contiguous(memory_format=torch.channels_last), *inputs[2:]
-            ),
+            "plain": lambda: _ours(model, last, *inputs[2:]),
+            "ours": lambda: _ours(swapped, last, *inputs[2:]),
         }
 
     facts = {"model": "resnet18", "batch": batch, "image_size": size, "steps": steps}

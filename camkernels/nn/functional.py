@@ -27,6 +27,8 @@ from camkernels.ops.batch_norm_relu.op import BatchNormReLUFunction
 from camkernels.ops.batch_norm_relu.recipe import Recipe, attach
 from camkernels.ops.conv2d.op import ConvSpec
 from camkernels.ops.conv2d.op import conv2d as _conv2d
+from camkernels.ops.conv_bn_act import inference
+from camkernels.ops.conv_bn_act.inference import Constants
 from camkernels.ops.conv_bn_act.op import ConvBNActFunction
 from camkernels.ops.max_pool.op import max_pool2d as _max_pool2d
 from camkernels.ops.max_pool.op import window_of
@@ -260,6 +262,11 @@ def conv_bn_act(
         )  # fmt: skip
     _check_affine(kernel.shape[0], x, running_mean, running_var, weight, bias)
     batch_statistics = training or running_mean is None
+    if not batch_statistics and inference.is_suited(x, kernel, conv_bias, weight, bias, residual):
+        assert running_mean is not None
+        assert running_var is not None
+        constant = Constants(weight, bias, running_mean, running_var, eps)
+        return inference.conv_bn_act(x, kernel, conv_bias, constant, residual, relu, conv)
     spec = NormSpec(batch_statistics, eps, relu, process_group, backend)
     constants = (None, None) if batch_statistics else (running_mean, running_var)
     output: Tensor

@@ -1,0 +1,66 @@
+"""conv_bn_act on the CPU where no gradient is recorded and the statistics are constants.
+
+    relu(bn(conv(x, W) + b) + s) = relu(conv(x, k W) + (b - mean) k + beta + s),  k = gamma rstd
+
+BatchNorm is in the weights; sum and ReLU are written over the convolution's output. So the output
+is the only memory that is taken, and one pass over it is left where there is no residual.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from camkernels.ops import _layout
+from camkernels.ops.batch_norm_relu import norm
+from camkernels.ops.conv2d.op import ConvSpec, convolve
+
+_DTYPES = (torch.float32, torch.float64)  # others would round the weights once more
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What evaluation mode normalises by, (C,) each."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+def is_suited(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing is recorded, and scaling the weights costs less than a pass over the images.
+
+    On a GPU the BatchNorm kernel takes sum and ReLU along, and nothing is gained.
+    """
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or weight.numel() > x.numel():
+        return False
+    given = (x, weight, *others)
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    constants: Constants,
+    residual: Tensor | None,
+    relu: bool,
+    conv: ConvSpec,
+) -> Tensor:
+    dtype = _layout.accumulate_dtype(x.dtype)
+    scale = (constants.var.to(dtype) + constants.eps).rsqrt()
+    if constants.gamma is not None:
+        scale = scale * constants.gamma.to(dtype)
+    shift = -constants.mean.to(dtype) if bias is None else bias - constants.mean.to(dtype)
+    shift = shift * scale
+    if constants.beta is not None:
+        shift = shift + constants.beta.to(dtype)
+    y = norm.dense(convolve(x, weight * scale.view(-1, 1, 1, 1), shift, conv))
+    norm.check_residual(residual, y)
+    if residual is not None:
+        y = y.add_(residual)
+    return y.relu_() if relu else y
