@@ -132,6 +132,7 @@ def test_one_openmp_runtime() -> None:
     assert len(runtimes) == 1, runtimes
 
 
+@pytest.mark.slow
 def test_set_num_threads_governs() -> None:
     """Counts the threads that exist after large calls under torch.set_num_threads."""
     program = (

@@ -49,6 +49,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_all_recipes(finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     out, command = finished, command_for(finished)
     rows = rows_of(out / "table.csv")
@@ -104,6 +105,7 @@ def test_figures_of_a_cell(command: list[str], out: Path) -> None:
     assert float(row["insertion"]) == pytest.approx(float(metric.compute()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on(
     command: list[str], out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_cell_that_diverged_leaves_its_recipe_without_figures() -> None:
         comparison.compare(Path("nowhere"), {}, comparison.Options(recipes=("x",)))
 
 
+@pytest.mark.slow
 def test_the_forms_of_the_papers(finished: Path) -> None:
     out = finished
     text = (out / "papers.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ import torch
 from camtrain import cli
 from camtrain.data.whole import SEVERAL, SINGLE, WholePictures, collate_whole
 from camtrain.errors import CamtrainError
-from camtrain.scoring import Options, evaluate_runs
+from camtrain.scoring import Options, evaluate_runs, score_run
 from camtrain.trained import Trained, load_run
 from finished_runs import finished_run
 from picture_files import TinyCUB
@@ -30,6 +31,11 @@ CPU = torch.device("cpu")
 def rows_of(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def voc_options(voc: TinyVOC) -> dict[str, Any]:
+    return {"data": "voc", "root": str(voc.root), "head_units": 0, "sets": "2007:trainval",
+            "test_sets": "2007:test"}  # fmt: skip
 
 
 def whole(run: Trained) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -125,8 +131,7 @@ def test_files_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_voc_is_scored_on_whole_pictures(tmp_path: Path, voc: TinyVOC) -> None:
     voc.image("000003").write_bytes(b"no picture")
     voc.split("test", "000001", "000002", "000003")
-    folder = finished_run(tmp_path / "run", data="voc", root=str(voc.root), head_units=0,
-                          sets="2007:trainval", test_sets="2007:test")  # fmt: skip
+    folder = finished_run(tmp_path / "run", **voc_options(voc))
     run = load_run(folder, CPU)
     images, targets, batch = whole(run)
     assert batch["group"] == [SEVERAL] * 3 + [SINGLE]
@@ -149,13 +154,13 @@ def test_voc_is_scored_on_whole_pictures(tmp_path: Path, voc: TinyVOC) -> None:
     assert len(content["damaged"]) == 1
 
 
-def test_several_boxes_of_a_class(tmp_path: Path, voc: TinyVOC) -> None:
-    """Pointing and energy take all of them, IoU the best."""
-    dogs = [{"box": (1, 1, 20, 40)}, {"box": (41, 1, 60, 40)}]
-    voc.add("000004", *dogs)
+@pytest.mark.parametrize("turned", [False, True])
+def test_several_boxes_of_a_class(tmp_path: Path, voc: TinyVOC, turned: bool) -> None:
+    """Pointing and energy take all of them, IoU the best, whichever comes first."""
+    dogs = [{"box": (1, 1, 20, 40)}, {"box": (31, 1, 60, 40)}]
+    voc.add("000004", *(dogs[::-1] if turned else dogs))
     voc.split("test", "000004")
-    folder = finished_run(tmp_path / "run", data="voc", root=str(voc.root), head_units=0,
-                          sets="2007:trainval", test_sets="2007:test")  # fmt: skip
+    folder = finished_run(tmp_path / "run", **voc_options(voc))
     run = load_run(folder, CPU)
     images, targets, batch = whole(run)
     assert batch["boxes"].shape == (1, 2, 4)
@@ -164,9 +169,66 @@ def test_several_boxes_of_a_class(tmp_path: Path, voc: TinyVOC) -> None:
     each = [metrics.localisation(maps, one, (32, 32))[1] for one in batch["boxes"].unbind(1)]
     assert row["energy %"] == pytest.approx(100 * float(sum(each)), rel=1e-4)
     marked = metrics.box_of_map(maps, (32, 32))
-    best = max(float(metrics.box_iou(marked, one)) for one in batch["boxes"].unbind(1))
+    overlaps = [float(metrics.box_iou(marked, one)) for one in batch["boxes"].unbind(1)]
+    best = max(overlaps)
+    assert min(overlaps) < best
     assert row["IoU %"] == pytest.approx(100 * best, rel=1e-5)
     assert row["MaxBoxAccV2 %"] is None
+
+
+def test_a_picture_whose_middle_holds_nothing_of_the_object(tmp_path: Path, birds: TinyCUB) -> None:
+    """Its box has no area where the network looks: there is no score of it, and no zero."""
+    folder = finished_run(tmp_path / "run", data="cub", root=str(birds.root))
+    options = Options(("gradcam++",), steps=4)
+    lines, moved = birds.lines("bounding_boxes"), "0.0 0.0 6.0 2.0"
+    test = [i for i, line in enumerate(birds.lines("train_test_split")) if line.endswith(" 0")]
+    lines[test[0]] = f"{lines[test[0]].split()[0]} {moved}"
+    birds.write("bounding_boxes", lines)
+    evaluate_runs([folder], tmp_path / "out", options)
+    rows = rows_of(tmp_path / "out" / "scores.csv")
+    titles = ("iou", "pointing", "energy")
+    known = [all(math.isfinite(float(row[t] or "nan")) for t in titles) for row in rows]
+    unknown = [all(not math.isfinite(float(row[t] or "nan")) for t in titles) for row in rows]
+    assert known == [False, True, True, True]
+    assert unknown == [True, False, False, False]
+
+
+def test_data_that_was_moved(tmp_path: Path, voc: TinyVOC) -> None:
+    voc.split("test", "000001")
+    folder = finished_run(tmp_path / "run", **voc_options(voc))
+    options = Options(("gradcam",), steps=4)
+    before = evaluate_runs([folder], tmp_path / "out", options)
+    (tmp_path / "elsewhere").mkdir()
+    (voc.root / "VOCdevkit").rename(tmp_path / "elsewhere" / "VOCdevkit")
+    with pytest.raises(CamtrainError):
+        evaluate_runs([folder], tmp_path / "out", options)
+    options = dataclasses.replace(options, root=str(tmp_path / "elsewhere"))
+    assert evaluate_runs([folder], tmp_path / "out", options) == before
+
+
+def test_examples_show_one_object_and_several(tmp_path: Path, voc: TinyVOC) -> None:
+    dog, cat = {"box": (1, 1, 20, 40)}, {"box": (41, 1, 60, 40), "name": "cat"}
+    singles = [f"0001{i:02d}" for i in range(7)]
+    for name in singles:
+        voc.add(name, dog)
+    for name in ("000200", "000201"):
+        voc.add(name, dog, cat)
+    voc.split("test", *singles, "000200", "000201")
+    folder = finished_run(tmp_path / "run", **voc_options(voc))
+    run = load_run(folder, CPU)
+    examples: dict[str, Any] = {}
+    (scores,) = score_run(run, ["gradcam"], Options(steps=0), set(), examples)
+    chosen = [scores.rows[i]["group"] for i in examples["chosen"]]
+    assert chosen == [SINGLE] * 4 + [SEVERAL] * 2
+    images, targets, _ = whole(run)
+    maps = ck.GradCAM(run.model, "layer3").explain(images, targets)[examples["chosen"]]
+    torch.testing.assert_close(examples["maps"]["run"]["gradcam"], maps)
+    first = examples["chosen"]
+    # a second run keeps the pictures of the first and adds its maps
+    other = load_run(finished_run(tmp_path / "two", 1, **voc_options(voc)), CPU)
+    score_run(other, ["gradcam"], Options(steps=0), set(), examples)
+    assert examples["chosen"] == first
+    assert set(examples["maps"]) == {"run", "two"}
 
 
 def test_data_without_boxes_and_dead_maps(tmp_path: Path, birds: TinyCUB) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,10 +47,13 @@ def test_maps_overlays_and_table(
     assert "damaged picture" in printed
     assert f"maps of 2 pictures: {out}/index.html" in printed
     network = load_run(folder, torch.device("cpu"))
+    scores = {}
     for stem, name in (("bird", "a"), ("bird-2", "b")):
         picture = read_picture(pictures / name / "bird.jpg")
         square = resized(picture, Box(0, 0, picture.height, picture.width), 32)
         images = network.normalise(square[None])
+        with torch.no_grad():
+            scores[stem] = network.model(images).softmax(1)[0]
         for method, explainer in (("gradcam", ck.GradCAM), ("layercam", ck.LayerCAM)):
             chosen = None if target is None else int(target)
             expected = explainer(network.model, "layer3").explain(images, chosen)
@@ -66,10 +70,15 @@ def test_maps_overlays_and_table(
     (damaged,) = (row for row in rows if not row["predicted"])
     assert damaged["picture"].endswith("broken.png")
     assert "damaged picture" in damaged["damaged"]
-    assert all(0 < float(row["score"]) <= 1 for row in sound)
-    if target is not None:
-        assert {row["explained"] for row in sound} == {"3"}
-    assert "data:image/png;base64," in (out / "index.html").read_text()
+    report = (out / "index.html").read_text()
+    for row in sound:
+        expected = scores[row["file"]]
+        best = int(expected.argmax())
+        explained = best if target is None else int(target)
+        assert (row["predicted"], row["explained"]) == (str(best), str(explained))
+        assert float(row["score"]) == pytest.approx(float(expected[best]), rel=1e-5)
+        assert float(row["score of it"]) == pytest.approx(float(expected[explained]), rel=1e-5)
+    assert "data:image/png;base64," in report
 
 
 def test_layers_and_a_colour_map(tmp_path: Path, pictures: Path) -> None:
@@ -78,6 +87,30 @@ def test_layers_and_a_colour_map(tmp_path: Path, pictures: Path) -> None:
     assert run(folder, pictures / "a", *flags) == 0
     shapes = [np.load(out / f"bird_gradcam-{layer}.npy").shape for layer in ("layer2", "layer3")]
     assert shapes == [(8, 8), (4, 4)]
+    picture = np.array(read_picture(pictures / "a" / "bird.jpg"))
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    maps = torch.from_numpy(np.load(out / "bird_gradcam-layer2.npy"))[None]
+    over = viz.overlay(image, maps, colormap="jet", alpha=0.3)[0].numpy()
+    drawn = np.array(Image.open(out / "bird_gradcam-layer2.png").convert("RGB"))
+    np.testing.assert_allclose(drawn.astype(int), over.astype(int), atol=1)
+
+
+def test_captions_of_the_sheet_are_of_what_was_explained(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    draw = viz.map_sheet
+    monkeypatch.setattr(viz, "map_sheet", lambda *a, **k: asked.append(k) or draw(*a, **k))
+    folder, out = finished_run(tmp_path / "run"), tmp_path / "out"
+    network = load_run(folder, torch.device("cpu"))
+    picture = read_picture(pictures / "a" / "bird.jpg")
+    square = resized(picture, Box(0, 0, picture.height, picture.width), 32)
+    with torch.no_grad():
+        scores = network.model(network.normalise(square[None])).softmax(1)[0]
+    other = int(scores.argmin())
+    assert run(folder, pictures / "a", "--target", other, "--out", out) == 0
+    assert asked[0]["names"] == ["bird"]
+    assert asked[0]["captions"] == {"input": [f"{other} {100 * float(scores[other]):.0f} %"]}
 
 
 def test_weights_of_a_library(tmp_path: Path, pictures: Path) -> None:

@@ -43,6 +43,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dropout_and_order_repeat_after_a_resume(tiny: Tiny, tmp_path: Path) -> None:
     """Whatever the loader draws, and however early its workers begin with an epoch."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -284,6 +284,7 @@ def test_a_full_disk_keeps_the_training(
     assert not list(Path(config.out).rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_scored(on_dogs: Tiny, kennel: TinyDogs) -> None:
     """A damaged one is named; one without its object in the middle counts in no mean."""
     kennel.picture("test", 0).write_bytes(b"no picture")
@@ -325,6 +326,7 @@ def test_digits_need_no_download(tiny: Tiny) -> None:
     assert 0 < run.summary["gradcam_iou_mean"] < 1
 
 
+@pytest.mark.slow
 def test_voc_is_scored_on_whole_pictures(on_dogs: Tiny, voc: TinyVOC) -> None:
     voc.split("test", "000001", "000002", "000003")
     config = on_dogs(data="voc", root=str(voc.root), sets="2007:trainval", test_sets="2007:test",
