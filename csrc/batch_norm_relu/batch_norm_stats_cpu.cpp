@@ -1,6 +1,8 @@
 // Mean and sum of squared deviations per channel, in one pass over memory. A task sums deviations
 // from a guess, the mean of its first values. Where that guess was so far off that the squares
 // cancel (or nothing is finite), it passes once more over its values, which the cache still holds.
+#include <type_traits>
+
 #include "batch_norm_relu/rows.h"
 
 namespace camkernels {
@@ -124,34 +126,55 @@ static void pixel_statistics(const BatchNorm& args, int64_t task, const ChannelP
   });
 }
 
+// Neighbouring parts in float64: one, or as many as a vector has.
+template <class V, class A>
+static CAMKERNELS_INLINE V wide(const A* parts) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return (V)*parts;
+  } else {
+    typedef A Narrow __attribute__((vector_size(sizeof(V) / sizeof(double) * sizeof(A))));
+    Narrow narrow;
+    __builtin_memcpy(&narrow, parts, sizeof(narrow));
+    return __builtin_convertvector(narrow, V);
+  }
+}
+
 // Mean over all tasks, and the squares about it (Chan, Golub, LeVeque), of kCount neighbouring
 // channels from channel c on. Parts: count(task), and at(part, task), kCount neighbouring values.
+// By vectors: of many channels there are as many parts to merge as pixels to read.
 template <class A, int kCount, class Parts>
 static CAMKERNELS_INLINE void merge(const BatchNorm& args, int64_t c, int64_t tasks,
                                     const Parts& parts) {
-  double total = 0, mean[kCount] = {}, squares[kCount] = {};
-  const auto own_mean = [&](int64_t t, int j) {
-    const double guess = (double)parts.at(kGuess, t)[j], error = (double)parts.at(kError, t)[j];
-    return error == error ? guess + error / (double)parts.count(t) : guess;  // Inf stays
+  using V = typename std::conditional<kCount == 1, double, Vec<double>>::type;
+  constexpr int kLanes = sizeof(V) / sizeof(double), kVectors = kCount / kLanes;
+  double total = 0;
+  V mean[kVectors] = {}, squares[kVectors] = {};
+  const auto own_mean = [&](int64_t t, int j, double inverse) {
+    const V error = wide<V>(parts.at(kError, t) + j * kLanes) * inverse;
+    return wide<V>(parts.at(kGuess, t) + j * kLanes) + (error == error ? error : V{});  // Inf stays
   };
   for (int64_t t = 0; t < tasks; ++t) {
-    const double count = (double)parts.count(t);
+    const double count = (double)parts.count(t), inverse = 1 / count;
     total += count;
-    for (int j = 0; j < kCount; ++j) mean[j] += count * own_mean(t, j);
+    for (int j = 0; j < kVectors; ++j) mean[j] += count * own_mean(t, j, inverse);
   }
-  for (int j = 0; j < kCount; ++j) mean[j] = total == 0 ? 0 : mean[j] / total;
+  for (int j = 0; j < kVectors; ++j) mean[j] = total == 0 ? V{} : mean[j] / total;
   for (int64_t t = 0; t < tasks; ++t) {
-    const double count = (double)parts.count(t);
-    for (int j = 0; j < kCount; ++j) {
-      const double error = (double)parts.at(kError, t)[j], apart = own_mean(t, j) - mean[j];
-      const double own = (double)parts.at(kSquare, t)[j] - error * (error / count);
-      squares[j] += (own < 0 ? 0 : own) + count * apart * apart;
+    const double count = (double)parts.count(t), inverse = 1 / count;
+    for (int j = 0; j < kVectors; ++j) {
+      const V error = wide<V>(parts.at(kError, t) + j * kLanes);
+      const V apart = own_mean(t, j, inverse) - mean[j];
+      const V own = wide<V>(parts.at(kSquare, t) + j * kLanes) - error * (error * inverse);
+      squares[j] += (own < 0 ? V{} : own) + count * apart * apart;
     }
   }
+  double means[kCount], sums[kCount];
+  __builtin_memcpy(means, mean, sizeof(means));
+  __builtin_memcpy(sums, squares, sizeof(sums));
   A* results = static_cast<A*>(args.results);
   for (int64_t j = 0; j < kCount && c + j < args.channels; ++j) {
-    results[c + j] = (A)mean[j];
-    results[args.channels + c + j] = (A)squares[j];
+    results[c + j] = (A)means[j];
+    results[args.channels + c + j] = (A)sums[j];
   }
 }
 
