@@ -1,9 +1,9 @@
 """Metrics over a batch, against loops over single pictures.
 
 insertion   areas of 64 pictures: ours in batches over pictures and steps, of channels_last pictures
-            by the network through ck.swap_in (``plain``: by the network as it is, ``nchw``: and of
-            other pictures); ``loop`` one picture at a time, its steps in one batch; ``single`` one
-            picture and one step at a time, by the network as it is
+            by the network through ck.swap_in (``plain``: by the network as it is); ``loop`` one
+            picture at a time, its steps in one batch; ``single`` one picture and one step at a
+            time, both by the network as it is
 boxes       the best box of 64 maps at 1001 thresholds: ours in one pass over the pixels; ``loop``
             by contours of each map at each threshold
 """
@@ -86,7 +86,6 @@ def _insertion_case(options: Options) -> Case:
         return {
             "loop": lambda: _loop(*inputs, at=steps + 1),
             "single": lambda: _loop(*inputs, at=1),
-            "nchw": lambda: _ours(*inputs),
             "plain": lambda: _ours(model, last, *inputs[2:]),
             "ours": lambda: _ours(swapped, last, *inputs[2:]),
         }
