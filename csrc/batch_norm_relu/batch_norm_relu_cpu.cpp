@@ -47,10 +47,15 @@ struct Forward {
 
 template <class A, class T, Gate kGate>
 struct BackwardSums {
-  static constexpr int kValues = kOwn, kSums = 2, kBytes = sizeof(T);
+  static constexpr int kValues = kOwn, kSums = 2, kBytes = 2 * sizeof(T);
   const BatchNorm& args;
 
   void values(int64_t c, A* values) const { first_values<A>(args, c, values); }
+
+  CAMKERNELS_INLINE void fetch(int64_t offset) const {
+    __builtin_prefetch(static_cast<const T*>(args.z) + offset);
+    __builtin_prefetch(static_cast<const T*>(args.grad) + offset);
+  }
 
   template <class Kind, class Values>
   CAMKERNELS_INLINE void add(Kind kind, const Values& values, int64_t row, int64_t i, int64_t count,
@@ -106,10 +111,16 @@ struct Backward {
 
 template <class A, class T>
 struct SecondSums {
-  static constexpr int kValues = 1, kSums = 3, kBytes = sizeof(T);
+  static constexpr int kValues = 1, kSums = 3, kBytes = 3 * sizeof(T);
   const BatchNorm& args;
 
   void values(int64_t c, A* values) const { values[kMean] = (A)at_channel<A>(args.mean, c, 0); }
+
+  CAMKERNELS_INLINE void fetch(int64_t offset) const {
+    __builtin_prefetch(static_cast<const T*>(args.grad_grad) + offset);
+    __builtin_prefetch(static_cast<const T*>(args.z) + offset);
+    __builtin_prefetch(static_cast<const T*>(args.grad_prime) + offset);
+  }
 
   template <class Kind, class Values>
   CAMKERNELS_INLINE void add(Kind kind, const Values& values, int64_t row, int64_t i, int64_t count,

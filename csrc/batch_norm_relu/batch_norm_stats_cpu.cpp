@@ -86,6 +86,33 @@ static void repeat_channels(Kind kind, const T* z, int64_t stride, int64_t count
   store<A>(parts.at(kSquare, c), square);
 }
 
+// Adds the deviations of `count` pixels, and fetches as many that follow, in the order of memory.
+template <class A, class T>
+static CAMKERNELS_INLINE void tile_statistics(const T* z, int64_t channels, int64_t count,
+                                              const ChannelParts<A>& parts) {
+  const T* ahead = z + count * channels;
+  each_vector<A>(channels, [&](auto kind, int64_t c, int64_t lanes) {
+    const Vec<A> guess = load<A>(parts.at(kGuess, c));
+    Vec<A> errors[2] = {load<A>(parts.at(kError, c)), {}};
+    Vec<A> squares[2] = {load<A>(parts.at(kSquare, c)), {}};
+    const auto add = [&](int64_t row, int j) {
+      __builtin_prefetch(ahead);
+      ahead += Lanes<A>::count;
+      const Vec<A> d = read<A>(kind, z + row * channels + c, lanes) - guess;
+      errors[j] += d;
+      squares[j] += d * d;
+    };
+    int64_t row = 0;
+    for (; row + 2 <= count; row += 2) {
+      add(row, 0);
+      add(row + 1, 1);
+    }
+    if (row < count) add(row, 0);
+    store<A>(parts.at(kError, c), errors[0] + errors[1]);
+    store<A>(parts.at(kSquare, c), squares[0] + squares[1]);
+  });
+}
+
 // One block of pixels.
 template <class A, class T>
 static void pixel_statistics(const BatchNorm& args, int64_t task, const ChannelParts<A>& parts) {
@@ -99,25 +126,11 @@ static void pixel_statistics(const BatchNorm& args, int64_t task, const ChannelP
     store<A>(parts.at(kError, c), Vec<A>{});
     store<A>(parts.at(kSquare, c), Vec<A>{});
   });
-  const auto add = [&](auto rows, int64_t row) {
-    each_vector<A>(channels, [&](auto kind, int64_t c, int64_t lanes) {
-      const Vec<A> guess = load<A>(parts.at(kGuess, c));
-      Vec<A> error = load<A>(parts.at(kError, c)), square = load<A>(parts.at(kSquare, c));
-#pragma GCC unroll 4
-      for (int r = 0; r < decltype(rows)::value; ++r) {
-        const Vec<A> d = read<A>(kind, z + (row + r) * channels + c, lanes) - guess;
-        error += d;
-        square += d * d;
-      }
-      store<A>(parts.at(kError, c), error);
-      store<A>(parts.at(kSquare, c), square);
-    });
-  };
-  int64_t row = 0;
-  if (channels * (int64_t)sizeof(T) <= kShortRow) {
-    for (; row + 4 <= count; row += 4) add(Rows<4>{}, row);
+  const int64_t rows = tile_pixels(channels * (int64_t)sizeof(T));
+  for (int64_t row = 0; row < count; row += rows) {
+    tile_statistics<A>(z + row * channels, channels, count - row < rows ? count - row : rows,
+                       parts);
   }
-  for (; row < count; ++row) add(Rows<1>{}, row);
   each_vector<A>(channels, [&](auto kind, int64_t c, int64_t lanes) {
     const Vec<A> error = load<A>(parts.at(kError, c)), square = load<A>(parts.at(kSquare, c));
     if (bits_of<A>(~kept(error, square, (A)count)) != 0) {

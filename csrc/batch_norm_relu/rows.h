@@ -165,27 +165,39 @@ static void sum_stretch(const Kernel& kernel, int64_t task, A* partial) {
   for (int k = 0; k < K; ++k) partial[k] = sum_lanes<A>(even[k] + odd[k]);
 }
 
-// Bytes of a pixel up to which four are read side by side; longer ones are read one by one, in the
-// order of memory, which prefetching follows.
-constexpr int64_t kShortRow = 256;
+// Bytes of pixels that are summed channel by channel, so that the sums stay in registers: half of
+// the first-level cache, the other half being what comes next, which is fetched in the order of
+// memory meanwhile. Pixel by pixel, each access to a tensor comes with several to sums, and these
+// take most of the time; pixels side by side alone are read in an order that nothing fetches ahead.
+constexpr int64_t kTile = 1 << 14;
 
-// Pixels that are read side by side.
-template <int kCount>
-struct Rows {
-  static constexpr int value = kCount;
-};
+static inline int64_t tile_pixels(int64_t bytes_of_pixel) {
+  return bytes_of_pixel * 2 > kTile ? 2 : kTile / bytes_of_pixel;
+}
 
-// Kernel::add over `kRows` pixels, vector by vector of channels.
-template <int kRows, class A, class Kernel>
-CAMKERNELS_INLINE void add_pixels(const Kernel& kernel, const PixelValues<A>& values, int64_t row,
-                                  A* partial) {
-  each_vector<A>(kernel.args.channels, [&](auto kind, int64_t i, int64_t count) {
-    Vec<A> sums[Kernel::kSums] = {};
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) kernel.add(kind, values, row + r, i, count, sums);
-    for (int k = 0; k < Kernel::kSums; ++k) {
+// Kernel::add over `count` pixels from pixel `row` on.
+template <class A, class Kernel>
+CAMKERNELS_INLINE void add_tile(const Kernel& kernel, const PixelValues<A>& values, int64_t row,
+                                int64_t count, A* partial) {
+  constexpr int K = Kernel::kSums;
+  const int64_t end = row + count;
+  int64_t ahead = end * kernel.args.channels;
+  each_vector<A>(kernel.args.channels, [&](auto kind, int64_t i, int64_t lanes) {
+    Vec<A> even[K] = {}, odd[K] = {};
+    const auto add = [&](int64_t pixel, Vec<A>* sums) {
+      kernel.fetch(ahead);
+      ahead += Lanes<A>::count;
+      kernel.add(kind, values, pixel, i, lanes, sums);
+    };
+    int64_t pixel = row;
+    for (; pixel + 2 <= end; pixel += 2) {
+      add(pixel, even);
+      add(pixel + 1, odd);
+    }
+    if (pixel < end) add(pixel, even);
+    for (int k = 0; k < K; ++k) {
       A* target = partial + k * values.stride + i;
-      store<A>(target, load<A>(target) + sums[k]);
+      store<A>(target, load<A>(target) + (even[k] + odd[k]));
     }
   });
 }
@@ -196,12 +208,11 @@ static void sum_pixels(const Kernel& kernel, int64_t task, const PixelValues<A>&
   const BatchNorm& args = kernel.args;
   const int64_t rows = args.rows(), begin = task * args.block;
   const int64_t end = begin + args.block < rows ? begin + args.block : rows;
+  const int64_t tile = tile_pixels(args.channels * Kernel::kBytes);
   for (int64_t i = 0; i < Kernel::kSums * values.stride; ++i) partial[i] = 0;
-  int64_t row = begin;
-  if (args.channels * Kernel::kBytes <= kShortRow) {
-    for (; row + 4 <= end; row += 4) add_pixels<4>(kernel, values, row, partial);
+  for (int64_t row = begin; row < end; row += tile) {
+    add_tile<A>(kernel, values, row, end - row < tile ? end - row : tile, partial);
   }
-  for (; row < end; ++row) add_pixels<1>(kernel, values, row, partial);
 }
 
 // Sums over all, into args.results, by Kernel::finish from totals in float64.
