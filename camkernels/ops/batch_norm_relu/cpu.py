@@ -19,8 +19,10 @@ TENSORS = (
 # Pixels of a plane per task: what a second pass of bn_stats, where one is needed, finds in the
 # first-level cache.
 _STRETCH = 4096
-# Bytes per task in channels_last, likewise for the second-level cache.
-_BLOCK_BYTES, _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 17, 16, 1024
+# Bytes per task in channels_last, likewise for the second-level cache: more of large tensors, whose
+# many tasks would take long to merge.
+_BLOCK_BYTES, _LARGE_BLOCK_BYTES, _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 17, 1 << 19, 16, 1024
+_TASKS = 128
 # Sums per task, and values per channel, of each kernel (kSums, kParts and kValues in csrc).
 _SUMS = {"bn_stats": 3, "bn_bwd_reduce": 2, "bn_bwd_bwd_reduce": 3}
 _VALUES = 10
@@ -32,7 +34,8 @@ def _block(z: Tensor, channels_last: bool) -> int:
     pixels = z.shape[2] * z.shape[3]
     if not channels_last:
         return min(_STRETCH, max(pixels, 1))
-    wanted = _BLOCK_BYTES // (z.shape[1] * z.itemsize)
+    size = min(max(_BLOCK_BYTES, z.numel() * z.itemsize // _TASKS), _LARGE_BLOCK_BYTES)
+    wanted = size // (z.shape[1] * z.itemsize)
     return min(max(wanted // 8 * 8, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
