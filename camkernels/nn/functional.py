@@ -11,21 +11,21 @@ They run eagerly: inside a compiled region they are a graph break (an error with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from camkernels import backends, modes
+from camkernels import backends
+from camkernels.nn._arguments import Pair, check_affine, conv_spec, convolution_inputs, pair
 from camkernels.ops import _validate
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu import reference as _reference
 from camkernels.ops.batch_norm_relu.norm import NormSpec, Statistics
 from camkernels.ops.batch_norm_relu.op import BatchNormReLUFunction
 from camkernels.ops.batch_norm_relu.recipe import Recipe, attach
-from camkernels.ops.conv2d.op import ConvSpec
 from camkernels.ops.conv2d.op import conv2d as _conv2d
 from camkernels.ops.conv_bn_act import inference
 from camkernels.ops.conv_bn_act.inference import Constants
@@ -34,7 +34,6 @@ from camkernels.ops.max_pool.op import max_pool2d as _max_pool2d
 from camkernels.ops.max_pool.op import window_of
 from camkernels.ops.relu.op import relu as _relu
 
-Pair = int | Sequence[int]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -99,8 +98,8 @@ def conv2d(
         >>> ck.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item()
         9.0
     """
-    spec = _conv_spec(stride, padding, dilation, groups)
-    input, weight, bias = _convolution_inputs(input, weight, bias)
+    spec = conv_spec(stride, padding, dilation, groups)
+    input, weight, bias = convolution_inputs(input, weight, bias)
     return _conv2d(input, weight, bias, spec)
 
 
@@ -130,9 +129,9 @@ def max_pool2d(
         >>> ck.nn.functional.max_pool2d(torch.arange(4.0).view(1, 1, 2, 2), 2).item()
         3.0
     """
-    kernel = _pair("kernel_size", kernel_size, 1)
-    steps = kernel if stride is None else _pair("stride", stride, 1)
-    padded, spread = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    kernel = pair("kernel_size", kernel_size, 1)
+    steps = kernel if stride is None else pair("stride", stride, 1)
+    padded, spread = pair("padding", padding, 0), pair("dilation", dilation, 1)
     return _max_pool2d(input, window_of(kernel, steps, padded, spread, bool(ceil_mode)))
 
 
@@ -181,7 +180,7 @@ def batch_norm_relu(
         [0.0, 1.0]
     """
     z = norm.dense(_validate.floating_tensor("input", input, 4, "(N, C, H, W)"))
-    _check_affine(z.shape[1], z, running_mean, running_var, weight, bias)
+    check_affine(z.shape[1], z, running_mean, running_var, weight, bias)
     batch_statistics = training or running_mean is None
     if batch_statistics:
         norm.check_count(z, process_group)
@@ -230,7 +229,8 @@ def conv_bn_act(
 
     The convolution's output is kept once; its input is not kept where it came out of
     ``conv_bn_act`` or ``batch_norm_relu`` without a residual, from which it is made again. Safe at
-    gamma = 0.
+    gamma = 0. On the CPU, where no gradient is recorded and ``training`` is off, BatchNorm goes
+    into the convolution's weights (float32 and float64; equal up to rounding).
 
     Since what lies between two such ops is made again from what came before it, the gradient of a
     penalty on *weight gradients* goes around it: right for parameters and inputs of the network,
@@ -251,8 +251,8 @@ def conv_bn_act(
         >>> ck.nn.functional.conv_bn_act(x, w, None, None, None, None, None).shape
         torch.Size([2, 4, 6, 6])
     """
-    conv = _conv_spec(stride, padding, dilation, groups)
-    x, kernel, conv_bias = _convolution_inputs(input, conv_weight, conv_bias)
+    conv = conv_spec(stride, padding, dilation, groups)
+    x, kernel, conv_bias = convolution_inputs(input, conv_weight, conv_bias)
     backend = _backend(x)
     if backend == "reference":
         z = _conv2d(x, kernel, conv_bias, conv)
@@ -260,7 +260,7 @@ def conv_bn_act(
             z, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
             relu=relu, process_group=process_group,
         )  # fmt: skip
-    _check_affine(kernel.shape[0], x, running_mean, running_var, weight, bias)
+    check_affine(kernel.shape[0], x, running_mean, running_var, weight, bias)
     batch_statistics = training or running_mean is None
     if not batch_statistics and inference.is_suited(x, kernel, conv_bias, weight, bias, residual):
         assert running_mean is not None
@@ -328,55 +328,6 @@ def _backend(tensor: Tensor) -> str:
         if proxy is not None or isinstance(tensor, FakeTensor):
             return "reference"
     return backends.resolve_network(tensor.device, tensor.dtype)
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-
-def _pair(name: str, value: Pair, smallest: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= smallest for v in pair):
-        raise ValueError(f"{name}: expected an int or a pair, each at least {smallest}: {value!r}")
-    return pair[0], pair[1]
-
-
-def _conv_spec(stride: Pair, padding: Pair, dilation: Pair, groups: int) -> ConvSpec:
-    return ConvSpec(
-        _pair("stride", stride, 1),
-        _pair("padding", padding, 0),
-        _pair("dilation", dilation, 1),
-        groups,
-    )
-
-
-def _convolution_inputs(
-    input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checked, and in the autocast dtype where that is on."""
-    x = _validate.floating_tensor("input", input, 4, "(N, C, H, W)")
-    w = _validate.floating_tensor("weight", weight, 4, "(K, C / groups, kh, kw)")
-    _validate.same_device("weight", w, "input", x)
-    dtype = modes.autocast_dtype(x.device)
-    if dtype is not None and torch.float64 not in (x.dtype, w.dtype):
-        x, w = x.to(dtype), w.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if w.dtype != x.dtype:
-        raise TypeError(f"weight: expected the dtype of input, {x.dtype}, got {w.dtype}")
-    return x, w, bias
-
-
-def _check_affine(channels: int, like: Tensor, *values: Tensor | None) -> None:
-    names = ("running_mean", "running_var", "weight", "bias")
-    for name, value in zip(names, values, strict=True):
-        if value is None:
-            continue
-        if value.shape != (channels,):
-            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(value.shape)}")
-        _validate.same_device(name, value, "input", like)
-    if (values[0] is None) != (values[1] is None):
-        raise ValueError("running_mean, running_var: expected both or neither")
-    if values[2] is None and values[3] is not None:
-        raise ValueError("bias: given without weight")
 
 
 def _by_formula(

@@ -154,7 +154,7 @@ static CAMKERNELS_INLINE V wide(const A* parts) {
 
 // Mean over all tasks, and the squares about it (Chan, Golub, LeVeque), of kCount neighbouring
 // channels from channel c on. Parts: count(task), and at(part, task), kCount neighbouring values.
-// By vectors: of many channels there are as many parts to merge as pixels to read.
+// By vectors: a task of many channels has few pixels, and its parts are many beside them.
 template <class A, int kCount, class Parts>
 static CAMKERNELS_INLINE void merge(const BatchNorm& args, int64_t c, int64_t tasks,
                                     const Parts& parts) {

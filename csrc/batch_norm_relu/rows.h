@@ -167,8 +167,8 @@ static void sum_stretch(const Kernel& kernel, int64_t task, A* partial) {
 
 // Bytes of pixels that are summed channel by channel, so that the sums stay in registers: half of
 // the first-level cache, the other half being what comes next, which is fetched in the order of
-// memory meanwhile. Pixel by pixel, each access to a tensor comes with several to sums, and these
-// take most of the time; pixels side by side alone are read in an order that nothing fetches ahead.
+// memory meanwhile. Pixel by pixel, each access to a tensor would come with several to sums; pixels
+// side by side alone would be read in an order that nothing fetches ahead.
 constexpr int64_t kTile = 1 << 14;
 
 static inline int64_t tile_pixels(int64_t bytes_of_pixel) {

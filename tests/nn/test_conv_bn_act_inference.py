@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -40,11 +39,6 @@ def plain(
     return F.relu(y) if relu else y
 
 
-@contextlib.contextmanager
-def nothing() -> Any:
-    yield
-
-
 @settings(deadline=None)
 @given(
     batch=st.integers(0, 4),
@@ -78,7 +72,7 @@ def test_equals_the_modules_one_by_one(
     before = None if residual is None else residual.clone()
     # what requires a gradient records one; where nothing does, grad mode does not matter
     w.requires_grad_(not grad)
-    with nothing() if grad else torch.no_grad():
+    with torch.set_grad_enabled(grad):
         y = network.conv_bn_act(
             x, w, b, **stats, **geometry, eps=1e-3, residual=residual, relu=relu
         )

@@ -65,7 +65,7 @@ SHAPES = [
     (2, 3, 1, 1), (1, 1, 1, 1), (3, 1, 9, 7), (2, 63, 1, 1), (2, 8, 7, 9), (1, 19, 3, 21),
 ]  # fmt: skip
 if not SMALL:
-    SHAPES += [(1, 2, 80, 70), (2, 257, 5, 5), (4, 40, 33, 31), (1, 1, 1, 9000)]
+    SHAPES += [(1, 2, 80, 70), (2, 257, 5, 5), (4, 40, 33, 31), (1, 1, 1, 9000), (1, 4099, 3, 3)]
 
 
 @every_kernel_backend
@@ -78,6 +78,18 @@ def test_shapes(backend: str, shape: tuple[int, int, int, int], channels_last: b
                 backend,
                 Case(shape, dtype, channels_last, residual=residual, cotangents=residual, seed=1),
             )
+
+
+@pytest.mark.skipif("cpu" not in tested_backends(), reason="the C++ kernels are not tested here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_larger_tasks_of_large_tensors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from camkernels.ops.batch_norm_relu import cpu
+
+    z = torch.empty(8, 40, 65, 63, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    usual = cpu._block(z, True)
+    monkeypatch.setattr(cpu, "_TASKS", 1)
+    assert cpu._block(z, True) > usual
+    check("cpu", Case(tuple(z.shape), dtype, True, seed=6))
 
 
 OPTIONS = [

@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float64)  # others would round the weights once 
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """What evaluation mode normalises by, (C,) each."""
+    """What evaluation mode normalises by, (K,) each."""
 
     gamma: Tensor | None
     beta: Tensor | None
@@ -51,6 +51,11 @@ def conv_bn_act(
     relu: bool,
     conv: ConvSpec,
 ) -> Tensor:
+    """x (N, C, H, W), weight (K, C / groups, kh, kw), bias (K,), residual of the output's shape.
+
+    Raises:
+        ValueError: a residual of another shape.
+    """
     dtype = _layout.accumulate_dtype(x.dtype)
     scale = (constants.var.to(dtype) + constants.eps).rsqrt()
     if constants.gamma is not None:
