@@ -40,6 +40,7 @@ struct GradientErrorBackward {
   void* grad_delta;  // (batch, entries) side by side, dtype of delta
   int64_t batch, entries;
   int error;
+  bool streaming;  // store past the caches
   int threads;
 };
 

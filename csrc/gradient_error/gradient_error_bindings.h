@@ -22,7 +22,8 @@ void run_fwd(Pointer delta, int delta_dtype, int64_t delta_stride, Pointer guide
 
 void run_bwd(Pointer grad_errors, Pointer delta, int delta_dtype, int64_t delta_stride,
              Pointer guided, int guided_dtype, int64_t guided_stride, Pointer statistics,
-             Pointer grad_delta, int64_t batch, int64_t entries, int error, int threads) {
+             Pointer grad_delta, int64_t batch, int64_t entries, int error, bool streaming,
+             int threads) {
   const GradientErrorBackward args{at(grad_errors),
                                    {at(delta), delta_dtype, delta_stride},
                                    {at(guided), guided_dtype, guided_stride},
@@ -31,6 +32,7 @@ void run_bwd(Pointer grad_errors, Pointer delta, int delta_dtype, int64_t delta_
                                    batch,
                                    entries,
                                    error,
+                                   streaming,
                                    threads};
   CAMKERNELS_RUN(gradient_error_bwd, args);
 }

@@ -14,6 +14,7 @@ from ops.oracle import Case, rounded
 from torch import Tensor
 
 import camkernels as ck
+from camkernels.ops import _cpu_view
 from camkernels.ops.gradient_error import reference
 from camkernels.ops.gradient_error.op import gradient_error_fwd
 
@@ -245,6 +246,65 @@ class TestGradientError(OpTests):
             else:
                 case = self.case(d, g, error)
             self.check(backend, case)
+
+
+# ---- the C++ kernels ----
+
+
+def errors_and_gradient(d: Tensor, g: Tensor, error: str) -> tuple[Tensor, Tensor]:
+    leaf = d.clone().requires_grad_()
+    errors = gradient_error_fwd(leaf, g, error, backend="cpu")[0]
+    cotangent = torch.linspace(0.5, 2.0, len(d), dtype=errors.dtype)
+    return errors.detach(), torch.autograd.grad(errors @ cotangent, leaf)[0] / cotangent[:, None]
+
+
+@pytest.mark.parametrize("error", reference.ERRORS)
+def test_a_sample_does_not_depend_on_its_batch(error: str) -> None:
+    """Threads have samples of their own from some batch on, and share samples below it."""
+    d, g = torch.randn(9, 40001), torch.randn(9, 40001)
+    single = [
+        gradient_error_fwd(d[i : i + 1], g[i : i + 1], error, backend="cpu") for i in range(9)
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for batch in (2, 5, 9):
+                found = gradient_error_fwd(d[:batch], g[:batch], error, backend="cpu")
+                for i in range(2):
+                    expected = torch.cat([parts[i] for parts in single[:batch]])
+                    assert torch.equal(found[i], expected), (threads, batch)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("error", reference.ERRORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_gradient_stored_past_the_caches(
+    error: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for entries in (1, 8, 17, 515, 1500, 1536):  # samples at any alignment, and at the best
+        d, g = torch.randn(3, entries, dtype=dtype), torch.randn(3, entries, dtype=dtype)
+        expected = errors_and_gradient(d, g, error)[1]
+        with monkeypatch.context() as patched:
+            patched.setattr(_cpu_view, "_STREAM_FROM", 0)
+            found = errors_and_gradient(d, g, error)[1]
+        assert torch.equal(found, expected), entries
+
+
+def test_the_sigmoid_keeps_its_digits_at_both_ends() -> None:
+    d = torch.linspace(-100, 100, 20001)[:, None]
+    errors, slopes = errors_and_gradient(d, torch.ones_like(d), "sigmoid")
+    sigma = torch.sigmoid(d.double())[:, 0]
+    slope = sigma * torch.sigmoid(-d.double())[:, 0]
+    # 87: beyond, the smaller side is 0
+    torch.testing.assert_close(-errors.double(), sigma, rtol=3e-7, atol=1.7e-38)
+    torch.testing.assert_close(-slopes[:, 0].double(), slope, rtol=4e-7, atol=1.7e-38)
+
+
+def test_a_mean_out_of_range_is_seen() -> None:
+    d = torch.full((1, 64), 3e38)
+    assert not bool(gradient_error_fwd(d, d, "centered_sigmoid", backend="cpu")[0].isfinite())
 
 
 # ---- the public function ----

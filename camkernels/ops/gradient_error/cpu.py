@@ -54,6 +54,7 @@ def gradient_error_bwd(
         delta.shape[0],
         delta.shape[1:].numel(),
         ERRORS.index(error),
+        _cpu_view.streams(delta.numel(), delta.dtype),
         _cpu_view.threads(2 * delta.numel()),
     )
     return grad_delta
