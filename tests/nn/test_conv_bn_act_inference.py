@@ -109,7 +109,6 @@ def test_it_is_what_runs_and_only_where_nothing_is_recorded(
         call(x, running_mean=None, running_var=None)
         half = {name: value.float() for name, value in stats.items()}
         network.conv_bn_act(x.bfloat16(), w.bfloat16(), None, **half)
-        call(x[:, :, :3, :3])  # more weights than images
         with ck.backend("reference"):
             call(x)
         assert len(calls) == 1
@@ -118,6 +117,22 @@ def test_it_is_what_runs_and_only_where_nothing_is_recorded(
         assert y.requires_grad
     assert call(x.clone().requires_grad_()).requires_grad
     assert len(calls) == 1
+
+
+def test_weights_are_scaled_only_where_they_are_fewer_than_the_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    run = inference.convolve
+    monkeypatch.setattr(inference, "convolve", lambda x, w, *a: given.append(w) or run(x, w, *a))
+    w = torch.rand(K, C, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for side, scaled in ((8, True), (3, False)):
+            x = torch.rand(1, C, side, side, dtype=torch.float64)
+            y = network.conv_bn_act(x, w, None, **constants(), eps=1e-3)
+            assert (given.pop() is not w) == scaled
+            expected = plain(x, w, None, None, True, {}, {**constants()})
+            torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

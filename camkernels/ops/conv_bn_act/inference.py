@@ -2,8 +2,9 @@
 
     relu(bn(conv(x, W) + b) + s) = relu(conv(x, k W) + (b - mean) k + beta + s),  k = gamma rstd
 
-BatchNorm is in the weights; sum and ReLU are written over the convolution's output. So the output
-is the only memory that is taken, and one pass over it is left where there is no residual.
+BatchNorm is in the weights, where they are fewer than the images' elements; sum and ReLU are
+written over the output. So the convolution's output is the only memory that is taken, and one pass
+over it is left where there is no residual.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from camkernels.ops import _layout
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.conv2d.op import ConvSpec, convolve
 
@@ -32,11 +33,11 @@ class Constants:
 
 
 def is_suited(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether nothing is recorded, and scaling the weights costs less than a pass over the images.
+    """Whether nothing is recorded.
 
     On a GPU the BatchNorm kernel takes sum and ReLU along, and nothing is gained.
     """
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or weight.numel() > x.numel():
+    if x.device.type != "cpu" or x.dtype not in _DTYPES:
         return False
     given = (x, weight, *others)
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
@@ -56,15 +57,22 @@ def conv_bn_act(
     Raises:
         ValueError: a residual of another shape.
     """
-    dtype = _layout.accumulate_dtype(x.dtype)
-    scale = (constants.var.to(dtype) + constants.eps).rsqrt()
-    if constants.gamma is not None:
-        scale = scale * constants.gamma.to(dtype)
-    shift = -constants.mean.to(dtype) if bias is None else bias - constants.mean.to(dtype)
-    shift = shift * scale
-    if constants.beta is not None:
-        shift = shift + constants.beta.to(dtype)
-    y = norm.dense(convolve(x, weight * scale.view(-1, 1, 1, 1), shift, conv))
+    gamma, beta, mean, var = (
+        None if value is None else value.to(x.dtype)
+        for value in (constants.gamma, constants.beta, constants.mean, constants.var)
+    )
+    assert mean is not None
+    assert var is not None
+    if weight.numel() > x.numel():
+        y = convolve(x, weight, bias, conv)
+        y = F.batch_norm(y, mean, var, gamma, beta, training=False, eps=constants.eps)
+    else:
+        scale = (var + constants.eps).rsqrt()
+        scale = scale if gamma is None else scale * gamma
+        shift = (-mean if bias is None else bias - mean) * scale
+        shift = shift if beta is None else shift + beta
+        y = convolve(x, weight * scale.view(-1, 1, 1, 1), shift, conv)
+    y = norm.dense(y)
     norm.check_residual(residual, y)
     if residual is not None:
         y = y.add_(residual)
