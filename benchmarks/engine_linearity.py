@@ -33,7 +33,7 @@ SIDES = ("plain", "fast", "lean")
 
 def step(side: str, batch: int, size: int, device: str) -> Callable[[], None]:
     with torch.device(device):
-        model = _steps.resnet("resnet50")
+        model = _steps.network("resnet50")
         images = torch.zeros(batch, 3, size, size)
         targets = torch.zeros(batch, dtype=torch.long)
     if device == "cpu":

@@ -112,7 +112,7 @@ class Trial:
         from benchmarks.members import _steps
 
         self.device, self.size = device, size
-        self.model = _steps.resnet(arch).to(device)
+        self.model = _steps.network(arch).to(device)
         self.loop, self.close = SIDES[side](self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
         self.tried: dict[int, bool] = {}

@@ -214,7 +214,7 @@ def interpretable(model: nn.Module) -> nn.Module:
 def _network() -> nn.Module:
     from benchmarks.members import _steps
 
-    return _steps.resnet("resnet18").to(META)
+    return _steps.network("resnet18").to(META)
 
 
 def _engine(memory: str) -> Callable[[nn.Module], nn.Module]:

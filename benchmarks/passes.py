@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     images, targets = _steps.batch(arguments.batch, arguments.size, Options(), torch.float32)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     measured = measure(
-        lambda: _steps.resnet(arguments.model).to(memory_format=layout),  # type: ignore[call-overload]
+        lambda: _steps.network(arguments.model).to(memory_format=layout),  # type: ignore[call-overload]
         {
             name: maker
             for name, maker in step_interpretable.makers().items()

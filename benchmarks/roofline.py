@@ -204,7 +204,7 @@ def count(
     from benchmarks.members import _steps
 
     def make_model() -> nn.Module:
-        return _steps.resnet(arch)
+        return _steps.network(arch)
 
     def laid() -> nn.Module:
         return make_model().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

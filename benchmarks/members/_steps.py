@@ -14,8 +14,8 @@ CLASSES = 1000
 Maker = Callable[[nn.Module], tuple[loops.Loop, Callable[[], None]]]
 
 
-def resnet(name: str) -> nn.Module:
-    """A ResNet of torchvision in train mode, from a fixed seed."""
+def network(name: str) -> nn.Module:
+    """A network of torchvision in train mode, from a fixed seed."""
     try:
         from torchvision import models
     except (ImportError, RuntimeError) as error:

@@ -34,6 +34,7 @@ from camkernels import metrics
 from camkernels.metrics.curves import blurred
 
 THRESHOLDS = 1001
+NETWORKS = ("resnet18", "squeezenet1_1")
 
 
 def _maps(count: int, options: Options) -> Tensor:
@@ -81,12 +82,12 @@ def _loop(
     return Side(run)
 
 
-def _insertion_case(options: Options) -> Case:
+def _insertion_case(network: str, options: Options) -> Case:
     batch, size, steps = (2, 64, 4) if options.quick else (64, 224, 4)
 
     def build() -> dict[str, Callable[[], Side]]:
         images, targets = _steps.batch(batch, size, options, torch.float32)
-        model = copy.deepcopy(_steps.resnet("resnet18")).to(options.device).eval()
+        model = copy.deepcopy(_steps.network(network)).to(options.device).eval()
         inputs = (model, images, _maps(batch, options), targets, steps)
         last = images.contiguous(memory_format=torch.channels_last)
         swapped = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -100,15 +101,15 @@ def _insertion_case(options: Options) -> Case:
 
     def check() -> None:
         # softmax scores of a network that was not trained are near 0: their areas keep few digits
-        sides = _insertion_case(Options(device=options.device, quick=True)).build()
+        sides = _insertion_case(network, Options(device=options.device, quick=True)).build()
         want = sides["loop"]().results()[0]
         for name, side in sides.items():
             error = relative_error(side().results()[0], want)
             if not error < 1e-3:
                 raise SidesDisagreeError(f"{name} disagrees with loop: relative error {error:.1e}")
 
-    facts = {"model": "resnet18", "batch": batch, "image_size": size, "steps": steps}
-    name = f"insertion resnet18 {batch}x{size}"
+    facts = {"model": network, "batch": batch, "image_size": size, "steps": steps}
+    name = f"insertion {network} {batch}x{size}"
     return Case(name, build, check=check, rounds=(3, 7), facts=facts)
 
 
@@ -172,7 +173,7 @@ def _boxes_case(options: Options) -> Case:
 BENCHMARK = Benchmark(
     name="step_insertion",
     about="insertion areas, and best boxes at all thresholds, of a batch against single pictures",
-    cases=lambda options: [_insertion_case(options), _boxes_case(options)],
+    cases=lambda options: [*(_insertion_case(n, options) for n in NETWORKS), _boxes_case(options)],
     baseline="loop",
     seconds=60.0,
     needs_torchvision=True,

@@ -31,8 +31,9 @@ from benchmarks.harness import (
 from benchmarks.members import _steps
 
 AT_ONCE = 32
-LAYER = "layer4"
 CHANNELS = 512
+LAYERS = {"resnet18": "layer4", "squeezenet1_1": "features"}
+"""Networks, and their layers of ``CHANNELS`` channels."""
 
 
 def _passes(model: nn.Module, images: Tensor) -> Side:
@@ -48,8 +49,10 @@ def _passes(model: nn.Module, images: Tensor) -> Side:
     return Side(run)
 
 
-def _ours(model: nn.Module, images: Tensor, memory_format: torch.memory_format | None) -> Side:
-    cam = ck.ScoreCAM(model, LAYER, memory_format=memory_format)
+def _ours(
+    model: nn.Module, layer: str, images: Tensor, memory_format: torch.memory_format | None
+) -> Side:
+    cam = ck.ScoreCAM(model, layer, memory_format=memory_format)
 
     def run() -> list[Tensor]:
         maps = cam.explain(images, batch_size=AT_ONCE)
@@ -64,12 +67,12 @@ def _swapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _torch_cam(model: nn.Module, images: Tensor) -> Side:
+def _torch_cam(model: nn.Module, layer: str, images: Tensor) -> Side:
     try:
         from torchcam.methods import ScoreCAM
     except ImportError as error:
         raise UnsupportedError(f"torch-cam does not import ({error})") from error
-    cam = ScoreCAM(model, LAYER, batch_size=AT_ONCE, input_shape=tuple(images.shape[1:]))
+    cam = ScoreCAM(model, layer, batch_size=AT_ONCE, input_shape=tuple(images.shape[1:]))
 
     def run() -> list[Tensor]:
         with torch.no_grad():
@@ -80,12 +83,12 @@ def _torch_cam(model: nn.Module, images: Tensor) -> Side:
     return Side(run, close=cam.remove_hooks)
 
 
-def _grad_cam(model: nn.Module, images: Tensor) -> Side:
+def _grad_cam(model: nn.Module, layer: str, images: Tensor) -> Side:
     try:
         from pytorch_grad_cam import ScoreCAM
     except ImportError as error:
         raise UnsupportedError(f"pytorch-grad-cam does not import ({error})") from error
-    cam: Any = ScoreCAM(model, [model.get_submodule(LAYER)])
+    cam: Any = ScoreCAM(model, [model.get_submodule(layer)])
     cam.batch_size = AT_ONCE
 
     def run() -> list[Tensor]:
@@ -96,38 +99,38 @@ def _grad_cam(model: nn.Module, images: Tensor) -> Side:
     return Side(run, close=cam.activations_and_grads.release)
 
 
-def _case(options: Options) -> Case:
-    batch, size = (1, 32) if options.quick else (1, 224)
+def _case(network: str, options: Options) -> Case:
+    batch, size, layer = 1, 64 if options.quick else 224, LAYERS[network]
 
     def build() -> dict[str, Callable[[], Side]]:
         images, _ = _steps.batch(batch, size, options, torch.float32)
 
         def model() -> nn.Module:
-            return copy.deepcopy(_steps.resnet("resnet18")).to(options.device).eval()
+            return copy.deepcopy(_steps.network(network)).to(options.device).eval()
 
         return {
             "passes": lambda: _passes(model(), images),
-            "ours": lambda: _ours(_swapped(model()), images, torch.channels_last),
-            "ours NHWC": lambda: _ours(model(), images, torch.channels_last),
-            "ours NCHW": lambda: _ours(model(), images, None),
-            "torch-cam": lambda: _torch_cam(model(), images),
-            "pytorch-grad-cam": lambda: _grad_cam(model(), images),
+            "ours": lambda: _ours(_swapped(model()), layer, images, torch.channels_last),
+            "ours NHWC": lambda: _ours(model(), layer, images, torch.channels_last),
+            "ours NCHW": lambda: _ours(model(), layer, images, None),
+            "torch-cam": lambda: _torch_cam(model(), layer, images),
+            "pytorch-grad-cam": lambda: _grad_cam(model(), layer, images),
         }
 
     def check() -> None:
-        quick = _case(Options(device=options.device, quick=True)).build()
+        quick = _case(network, Options(device=options.device, quick=True)).build()
         _steps.check_maps(quick["ours"](), quick["torch-cam"](), "Score-CAM")
 
-    facts = {"model": "resnet18", "layer": LAYER, "batch": batch, "image_size": size,
+    facts = {"model": network, "layer": layer, "batch": batch, "image_size": size,
              "pictures_per_forward": AT_ONCE}  # fmt: skip
-    name = f"resnet18 {LAYER} {batch}x{size}"
+    name = f"{network} {layer} {batch}x{size}"
     return Case(name, build, check=check, rounds=(3, 7), facts=facts)
 
 
 BENCHMARK = Benchmark(
     name="step_score_cam",
     about="Score-CAM of pictures, at equal pictures per forward",
-    cases=lambda options: [_case(options)],
+    cases=lambda options: [_case(network, options) for network in LAYERS],
     baseline="passes",
     seconds=40.0,
     isolate=True,

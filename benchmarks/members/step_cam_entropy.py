@@ -30,7 +30,7 @@ def _model(options: Options) -> nn.Module:
     The rows of the last layer are shifted alike, which changes no softmax and makes every map of
     layer4 live: a dead map has nothing to differentiate.
     """
-    model = _steps.resnet("resnet18" if options.quick else "resnet50")
+    model = _steps.network("resnet18" if options.quick else "resnet50")
     with torch.no_grad():
         model.get_parameter("fc.weight").add_(0.05)
     return model

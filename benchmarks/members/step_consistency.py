@@ -91,7 +91,7 @@ def check(name: str, options: Options) -> None:
     for side_name, maker in MAKERS.items():
         if side_name == "plain":
             continue
-        model = _steps.resnet(name).to(options.device, torch.float64)
+        model = _steps.network(name).to(options.device, torch.float64)
         side = _steps.side(model, maker, images, targets)
         loss = side.forward()
         assert side.backward is not None
@@ -108,7 +108,7 @@ def _case(name: str, options: Options) -> Case:
         images, targets = _steps.batch(batch, size, options, torch.float32)
 
         def factory(maker: Maker) -> Side:
-            return _steps.side(_steps.resnet(name).to(options.device), maker, images, targets)
+            return _steps.side(_steps.network(name).to(options.device), maker, images, targets)
 
         return {n: lambda m=maker: factory(m) for n, maker in MAKERS.items()}  # type: ignore[misc]
 

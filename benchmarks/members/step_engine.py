@@ -136,7 +136,7 @@ def check(work: Work, options: Options) -> None:
     )
     results: dict[str, list[Tensor]] = {}
     for name, maker in makers(in_float64, options.device).items():
-        model = _steps.resnet(work.setting.model).to(options.device, torch.float64)
+        model = _steps.network(work.setting.model).to(options.device, torch.float64)
         model = model.to(memory_format=work.setting.memory_format)  # type: ignore[call-overload]
         side = _steps.side(model, maker, images, targets)
         loss = side.forward()
@@ -162,7 +162,7 @@ def _case(work: Work, options: Options) -> Case:
         images = images.contiguous(memory_format=setting.memory_format)
 
         def factory(maker: Maker) -> Side:
-            model = _steps.resnet(setting.model).to(options.device)
+            model = _steps.network(setting.model).to(options.device)
             model = model.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
             return _steps.side(model, maker, images, targets)
 

@@ -92,7 +92,7 @@ def _case(name: str, layer: str, method: str, options: Options) -> Case:
         images, _ = _steps.batch(batch, size, options, torch.float32)
 
         def model() -> nn.Module:
-            return copy.deepcopy(_steps.resnet(name)).to(options.device).eval()
+            return copy.deepcopy(_steps.network(name)).to(options.device).eval()
 
         return {
             "network": lambda: _network(model(), layer, images),

@@ -104,7 +104,7 @@ def check(setting: Setting, options: Options) -> None:
     images = images.contiguous(memory_format=setting.memory_format)
     results: dict[str, list[Tensor]] = {}
     for name, maker in makers().items():
-        model = _steps.resnet(setting.model).to(options.device, torch.float64)
+        model = _steps.network(setting.model).to(options.device, torch.float64)
         model = model.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
         side = _steps.side(model, maker, images, targets)
         loss = side.forward()
@@ -132,7 +132,7 @@ def _case(setting: Setting, options: Options) -> Case:
         images = images.contiguous(memory_format=setting.memory_format)
 
         def factory(maker: Maker) -> Side:
-            model = _steps.resnet(setting.model).to(options.device)
+            model = _steps.network(setting.model).to(options.device)
             model = model.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
             return _steps.side(model, maker, images, targets)
 

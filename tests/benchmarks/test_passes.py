@@ -115,7 +115,7 @@ def test_a_step_through_resnet18_takes_few_passes(layout: torch.memory_format) -
     images, targets = _steps.batch(B, 64, Options(), torch.float32)
     sides = step_interpretable.makers()
     measured = passes.measure(
-        lambda: _steps.resnet("resnet18").to(memory_format=layout),  # type: ignore[call-overload]
+        lambda: _steps.network("resnet18").to(memory_format=layout),  # type: ignore[call-overload]
         {name: sides[name] for name in ("plain", "ours")},
         images.contiguous(memory_format=layout),
         targets,
