@@ -75,6 +75,7 @@ class _Seen:
     tensor: Tensor
     version: int
     calls: int = 1
+    handed: Tensor | None = None  # while it is examined: what the model went on with, if another
 
 
 @dataclass
@@ -96,8 +97,9 @@ class Tap:
         model: the user's model, also inside DistributedDataParallel or ``torch.compile``.
         layers: names or modules.
         head: ``"auto"``, ``"autograd"`` or ``"closed_form"``, see :class:`camkernels.GradCAM`.
-        connect: under ``no_grad`` run what lies behind the layers with gradients on. Without it
-            outputs are kept as they are, for who needs no gradient.
+        connect: under ``no_grad`` run what lies behind the layers with gradients on, on a copy of
+            their outputs. Without it copies are kept, for who needs no gradient. (Copies, since
+            what follows may write over the outputs.)
 
     Nothing else of the model is touched: not its mode, ``.grad``, buffers or random state. Copies
     and pickles of the model carry no tap.
@@ -201,12 +203,12 @@ class Tap:
                 f"layer {self.names[index]!r} runs inside a reentrant checkpoint, which hides its "
                 "graph; pass use_reentrant=False, or tap the checkpointed module itself"
             )
-        replaced = self._connect(output) if self._connects else None
-        kept = output if replaced is None else replaced
-        self._forward.layers[index] = _Seen(kept, version_of(kept))
+        kept, handed = self._connect(output) if self._connects else (output.clone(), None)
+        self._forward.layers[index] = seen = _Seen(kept, version_of(kept))
         if self._forward.steps is not None:
+            seen.handed = handed
             self._forward.steps.clear()  # what ran before the layer is no part of the head
-        return replaced
+        return handed
 
     def _record(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._forward.steps is not None and module not in self.modules:
@@ -240,22 +242,26 @@ class Tap:
 
     # -- gradient mode -------------------------------------------------------------------------
 
-    def _connect(self, output: Tensor) -> Tensor | None:
-        """A leaf in place of ``output`` where autograd must reach it but could not."""
+    def _connect(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What to keep, and what the model gets in place of ``output`` where autograd must reach it
+        but could not."""
         if self._closed_form_holds() or output.requires_grad or not output.is_floating_point():
-            return None
+            return output, None
         if torch.is_inference_mode_enabled():
             if not self._forward.began:
-                return None
+                return output, None
             self._grad_mode = ExitStack()
             self._grad_mode.enter_context(torch.inference_mode(False))
-            return output.clone().requires_grad_()  # an inference tensor cannot enter a graph
-        if not torch.is_grad_enabled():
-            if not self._forward.began or self._forward.grad_enabled:
-                return None  # the model itself turned gradients off: its own choice
-            self._grad_mode = ExitStack()
-            self._grad_mode.enter_context(torch.enable_grad())
-        return output.detach().requires_grad_()
+            leaf = output.clone().requires_grad_()  # an inference tensor cannot enter a graph
+            return leaf, leaf.clone()
+        leaf = output.detach().requires_grad_()
+        if torch.is_grad_enabled():
+            return leaf, leaf
+        if not self._forward.began or self._forward.grad_enabled:
+            return output, None  # the model itself turned gradients off: its own choice
+        self._grad_mode = ExitStack()
+        self._grad_mode.enter_context(torch.enable_grad())
+        return leaf, leaf.clone()  # what follows may write into it
 
     def _leave_grad_mode(self) -> None:
         stack, self._grad_mode = self._grad_mode, None
@@ -277,7 +283,9 @@ class Tap:
             head, reason = None, "the layer's output is not (B, K, h, w)"
         else:
             logits = output if isinstance(output, Tensor) else _logits_in(output)
-            head, reason = examine(seen.tensor, steps, logits)
+            after = seen.tensor if seen.handed is None else seen.handed
+            head, reason = examine(after, steps, logits)
+        seen.handed = None
         self._examined = True
         self._set_head(head, reason)
         if head is not None:
@@ -358,7 +366,7 @@ class Tap:
             if version_of(seen.tensor) != seen.version:
                 raise TapError(
                     f"the output of layer {name!r} was changed in place after the tap; tap the "
-                    "module that does it, or make that module inplace=False"
+                    "module that does it or one before, or make it inplace=False"
                 )
             result.append(seen.tensor)
         return result

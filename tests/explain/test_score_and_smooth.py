@@ -81,11 +81,6 @@ def test_score_cam_refuses() -> None:
         ck.ScoreCAM(Net(), "body", score="probs")
     with pytest.raises(ValueError, match="layer: no module named 'bodi'"):
         ck.ScoreCAM(Net(), "bodi")
-    torch.manual_seed(0)
-    inplace = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
-    model = nn.Sequential(inplace, nn.Flatten())
-    with pytest.raises(ck.TapError, match=r"'0\.0' was changed in place after the tap"):
-        ck.ScoreCAM(model, "0.0").explain(images().float())
     twice = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     twice = nn.Sequential(twice[0], *twice)
     with pytest.raises(ck.TapError, match="'0' was reached 2 times in one forward"):
