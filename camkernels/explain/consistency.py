@@ -39,7 +39,8 @@ def consistency_scores(
         targets: (B,) int64, whose maps; None: the classes predicted for x, in both views.
         relu: keep the positive part of maps only. normalize: ``"minmax"`` or ``"none"``.
         ssim_options: ``window``, ``window_size``, ``sigma``, ``padding`` of
-            :func:`camkernels.ssim`.
+            :func:`camkernels.ssim`, and with ``normalize="none"`` its ``data_range``, that of the
+            maps.
 
     Returns:
         (B,) float32, detached. A constant map, which is consistent with itself, counts as it is.
