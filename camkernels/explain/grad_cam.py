@@ -29,8 +29,8 @@ class GradCAM(ImageMaps):
     linear layers and ReLUs, alpha is computed in closed form, exactly and without a backward pass;
     otherwise by autograd with ``create_graph``. ``head`` of the object says which. Under
     ``no_grad`` and ``inference_mode`` maps come out all the same (for a head without closed form
-    the part of the forward behind the layer runs with gradients on; in inference mode the
-    activations are cloned for it).
+    the part of the forward behind the layer runs with gradients on, on a copy of the activations,
+    which a model may write over, as torchvision's DenseNet does).
 
     Args:
         model: the classifier; DistributedDataParallel and ``torch.compile`` wrappers are opened.
