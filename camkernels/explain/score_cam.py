@@ -28,7 +28,7 @@ class ScoreCAM(ImageMaps):
 
     Costs one forward of an image per channel. ``memory_format`` is that of the masked images: with
     ``torch.channels_last`` convolutions may run faster (a model that calls ``view`` on feature maps
-    cannot take it), and on the CPU those of :func:`camkernels.swap_in` more so.
+    cannot take it), and on the CPU, with BatchNorm, those of :func:`camkernels.swap_in` more so.
 
     Args:
         model: the classifier; DistributedDataParallel and ``torch.compile`` wrappers are opened.

@@ -230,7 +230,8 @@ def conv_bn_act(
     The convolution's output is kept once; its input is not kept where it came out of
     ``conv_bn_act`` or ``batch_norm_relu`` without a residual, from which it is made again. Safe at
     gamma = 0. On the CPU, where no gradient is recorded and ``training`` is off, BatchNorm goes
-    into the convolution's weights (float32 and float64; equal up to rounding).
+    into the convolution's weights, unless they outnumber the images' elements (float32 and
+    float64; equal up to rounding).
 
     Since what lies between two such ops is made again from what came before it, the gradient of a
     penalty on *weight gradients* goes around it: right for parameters and inputs of the network,

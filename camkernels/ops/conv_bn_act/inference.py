@@ -2,9 +2,10 @@
 
     relu(bn(conv(x, W) + b) + s) = relu(conv(x, k W) + (b - mean) k + beta + s),  k = gamma rstd
 
-BatchNorm is in the weights, where they are fewer than the images' elements; sum and ReLU are
-written over the output. So the convolution's output is the only memory that is taken, and one pass
-over it is left where there is no residual.
+BatchNorm is in the weights, sum and ReLU are written over the output: so the convolution's output
+is the only memory that is taken, and one pass over it is left where there is no residual. Where
+weights outnumber the images' elements, to scale them would cost more than it saves, and BatchNorm
+comes after the convolution.
 """
 
 from __future__ import annotations
