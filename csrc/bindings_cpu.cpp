@@ -14,6 +14,7 @@
 #include "common/simd_level.h"
 #include "map_statistics/map_statistics.h"
 // Rooms that bind themselves. One source for all: what pybind11 costs a compiler it costs once.
+#include "add_scaled/add_scaled_bindings.h"
 #include "batch_norm_relu/batch_norm_relu_bindings.h"
 #include "best_box_ious/best_box_ious_bindings.h"
 #include "cam_methods/cam_methods_bindings.h"
@@ -103,6 +104,7 @@ PYBIND11_MODULE(_cpu, module) {
 #endif
   });
   define_cam<Runs>(module);
+  add_scaled_bindings::define(module);
   relu_bindings::define(module);
   gradient_error_bindings::define(module);
   batch_norm_relu_bindings::define(module);

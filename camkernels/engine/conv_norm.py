@@ -6,22 +6,41 @@ folded into the weight.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from camkernels.engine.units import Cotangents, Record, Second, Stream, Unit, accumulate
+from camkernels.engine.units import (
+    Cotangents,
+    Given,
+    Record,
+    Second,
+    Spread,
+    Stream,
+    Unit,
+    accumulate,
+)
 from camkernels.nn import modules
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu.norm import NormSpec, Saved
-from camkernels.ops.conv2d.op import ConvSpec, Geometry, convolve, gradients
+from camkernels.ops.conv2d import filters
+from camkernels.ops.conv2d.op import ConvSpec, Geometry, convolve, gradients, strided_gradient
 from camkernels.ops.conv_bn_act.op import per_filter
 
 if TYPE_CHECKING:
     from camkernels.engine.passes import Run
     from camkernels.engine.trace import Op
+
+
+@dataclass
+class ConvState:
+    """What the forward of a convolution leaves."""
+
+    spec: ConvSpec
+    x: Geometry
 
 
 class Conv(Unit):
@@ -51,41 +70,78 @@ class Conv(Unit):
     def forward(self, run: Run, *xs: Tensor) -> Tensor:
         (x,) = xs
         weight, bias = run.cast(self.conv.weight), self.conv.bias
-        run.state[self] = Geometry.of(x)
-        return convolve(x, weight, None if bias is None else run.cast(bias), self.spec)
+        run.state[self] = state = ConvState(self.spec, Geometry.of(x))
+        return convolve(x, weight, None if bias is None else run.cast(bias), state.spec)
+
+    def again(self, run: Run, *xs: Tensor) -> Tensor:
+        bias, state = self.conv.bias, run.state[self]
+        weight = run.cast(self.conv.weight)
+        return convolve(xs[0], weight, None if bias is None else run.cast(bias), state.spec)
 
     def outline(self, *xs: Tensor) -> Tensor:
         weight = torch.empty(self.conv.weight.shape, device="meta")
         return convolve(xs[0], weight, None, self.spec)
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Given:
+        parameter, bias = self.conv.weight, self.conv.bias
+        pending = None if stream.second is None else stream.second.of_filters.pop(self, None)
         if grad is None:
+            if pending is not None:
+                self._collect(run, stream, parameter, None, None, pending)
             return (None,)
-        record, conv = stream.record, self.conv
-        scale = None
-        if record is not None:
+        want_x, want_weight = run.leads(self.inputs[0], stream), stream.wants(parameter)
+        weight, scale = run.cast(parameter), None
+        if stream.record is not None:
             if self.norm is None:
-                record.grads[self] = grad
-            else:
+                stream.record.grads[self] = grad
+            else:  # the gradient is g', which lacks gamma rstd
                 scale = run.scale(self.norm)
-        want_x, want_weight = run.leads(self.inputs[0], stream), stream.wants(conv.weight)
-        weight = run.cast(conv.weight)
-        folded = weight if scale is None or not want_x else run.folded(self, weight, scale)
-        x = run.value(self.inputs[0]) if want_weight else run.state[self].blank(grad)
-        to_x, to_weight, _ = gradients(grad, x, folded, self.spec, (want_x, want_weight, False))
+        if scale is not None and grad.numel() < weight.numel():
+            grad, scale = grad * scale.to(grad.dtype).view(1, -1, 1, 1), None
+        elif scale is not None and want_x:
+            weight = weight * per_filter(scale, weight)
+        state: ConvState = run.state[self]
+        to_x, to_weight = self._gradients(run, state, grad, weight, (want_x, want_weight))
         if to_weight is not None:
-            self._collect(stream, conv.weight, to_weight, scale)
-        if stream.wants(conv.bias):
-            to_bias = grad.sum((0, 2, 3))
-            self._collect(stream, conv.bias, to_bias, scale)
+            self._collect(run, stream, parameter, to_weight, scale, pending)
+        if stream.wants(bias):
+            self._collect(run, stream, bias, grad.sum((0, 2, 3)), scale)
         return (to_x,)
 
+    def _gradients(
+        self,
+        run: Run,
+        state: ConvState,
+        grad: Tensor,
+        weight: Tensor,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | Spread | None, Tensor | None]:
+        want_x, want_weight = wanted
+        read = strided_gradient(grad, weight, state.spec) if want_x else None
+        to_x = None if read is None else Spread(read, state.x.size, state.spec.stride)
+        if to_x is not None and not want_weight:
+            return to_x, None
+        x = run.value(self.inputs[0]) if want_weight else state.x.blank(grad)
+        left = want_x and to_x is None, want_weight, False
+        found = gradients(grad, x, weight, state.spec, left)
+        return found[0] if to_x is None else to_x, found[1]
+
     def _collect(
-        self, stream: Stream, parameter: nn.Parameter, value: Tensor, scale: Tensor | None
+        self,
+        run: Run,
+        stream: Stream,
+        parameter: nn.Parameter,
+        value: Tensor | None,
+        scale: Tensor | None,
+        pending: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
+        """``pending``: what ``Second.of_filters`` holds."""
         assert stream.gradients is not None
-        if scale is not None:
-            value.mul_(scale.to(value.dtype).view(-1, *(1,) * (value.dim() - 1)))
+        if value is not None and scale is not None:
+            value.mul_(per_filter(scale, value))
+        if pending is not None:
+            value = filters.add_scaled(value, *pending, parameter.dtype, run.backend)
+        assert value is not None
         accumulate(stream.gradients, parameter, value.to(parameter.dtype))
 
     def tangent(
@@ -96,15 +152,16 @@ class Conv(Unit):
         grad = run.prime(record, self.norm) if folds else run.take(record.grads, self)
         if h is None or grad is None:
             return None
-        weight = run.cast(self.conv.weight)
+        weight, spec = run.cast(self.conv.weight), run.state[self].spec
         if run.weights_wanted and self.conv.weight.requires_grad:
-            to_weight = gradients(grad, h, weight, self.spec, (False, True, False))[1]
+            to_weight = gradients(grad, h, weight, spec, (False, True, False))[1]
             assert to_weight is not None
-            if self.norm is not None:
-                to_weight.mul_(per_filter(run.scale(self.norm), to_weight))
-            wide = to_weight.to(self.conv.weight.dtype)
-            accumulate(second.of_parameters, self.conv.weight, wide)
-        return convolve(h, weight, None, self.spec)
+            if self in second.of_filters:
+                second.of_filters[self][0].add_(to_weight)
+            else:
+                scale = None if self.norm is None else run.scale(self.norm)
+                second.of_filters[self] = to_weight, scale
+        return convolve(h, weight, None, spec)
 
 
 @dataclass
@@ -115,7 +172,15 @@ class NormState:
     mean: Tensor
     rstd: Tensor
     inv_count: float
-    mask: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    """As kernels take them."""
+    mask: Tensor | None = None
+
+    @functools.cached_property
+    def scale(self) -> Tensor:
+        """gamma rstd."""
+        return self.rstd if self.gamma is None else self.gamma * self.rstd
 
 
 class Norm(Unit):
@@ -158,16 +223,15 @@ class Norm(Unit):
         found = norm.statistics(z, *running, spec)
         if spec.training:
             norm.update_running(*running, found, arguments["momentum"])
-        return NormState(spec, found.mean, found.rstd, found.inv_count, None)
+        gamma, beta = spec.per_channel(self.bn.weight, z), spec.per_channel(self.bn.bias, z)
+        return NormState(spec, found.mean, found.rstd, found.inv_count, gamma, beta)
 
     def _forward(self, run: Run, state: NormState, xs: tuple[Tensor, ...], mask: bool) -> Any:
         z = xs[0]
         residual = norm.conform(xs[1], z) if len(xs) > 1 else None
-        spec = state.spec
-        return spec.run(
-            "bn_fwd", z, state.mean, state.rstd, spec.per_channel(self.bn.weight, z),
-            spec.per_channel(self.bn.bias, z), residual, self.relu, mask,
-        )  # fmt: skip
+        return state.spec.run(
+            "bn_fwd", z, state.mean, state.rstd, state.gamma, state.beta, residual, self.relu, mask
+        )
 
     def forward(self, run: Run, *xs: Tensor) -> Tensor:
         residual = xs[1] if len(xs) > 1 else None
@@ -185,12 +249,10 @@ class Norm(Unit):
 
     def _saved(self, run: Run) -> tuple[Saved, NormState]:
         state: NormState = run.state[self]
-        z = run.value(self.z)
-        gamma = state.spec.per_channel(self.bn.weight, z)
-        beta = state.spec.per_channel(self.bn.bias, z)
-        return Saved(z, state.mean, state.rstd, gamma, beta, state.mask), state
+        z, mask = run.value(self.z), state.mask
+        return Saved(z, state.mean, state.rstd, state.gamma, state.beta, mask), state
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Given:
         nothing = (None,) * len(self.inputs)
         waiting = None if stream.second is None else stream.second.of_z.pop(self, None)
         saved, state = self._saved(run)
@@ -214,7 +276,7 @@ class Norm(Unit):
             record.primes[self] = to_z.to(run.stored_dtype)
             record.sums[self] = total
             if self.conv is None:
-                to_z = to_z * saved.scale.to(to_z.dtype).view(1, -1, 1, 1)
+                to_z = to_z * state.scale.to(to_z.dtype).view(1, -1, 1, 1)
         return (to_z, *((to_residual if want_residual else None,) if self.residual else ()))
 
     def tangent(

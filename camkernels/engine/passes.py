@@ -13,10 +13,9 @@ from camkernels.engine import keep
 from camkernels.engine.conv_norm import Norm
 from camkernels.engine.plan import Stage
 from camkernels.engine.trace import Op
-from camkernels.engine.units import Record, Second, Stream, Unit
+from camkernels.engine.units import Record, Second, Spread, Stream, Unit
 from camkernels.ops._chain import implementation
 from camkernels.ops.batch_norm_relu import norm
-from camkernels.ops.conv_bn_act.op import per_filter
 
 CONSUMED = (
     "the engine's buffers of this forward were freed by an earlier backward; pass "
@@ -61,7 +60,6 @@ class Run:
         self._cache: dict[Op, Tensor] = {}
         self._casts: dict[Tensor, Tensor] = {}
         self._caches_casts = recording and torch.is_autocast_cache_enabled()
-        self._folded: tuple[Unit, Tensor] | None = None
         wanted = [x.requires_grad for x in inputs]
         self.of_inputs = self._dependents({v for v, w in zip(stage.inputs, wanted, strict=True)
                                            if w}, parameters=False)  # fmt: skip
@@ -88,28 +86,22 @@ class Run:
         return self.held[op] if found is None else found
 
     def cast(self, parameter: Tensor) -> Tensor:
-        """A parameter in the dtype that the stage computes in; made once where autocast's own
-        cache would keep it for the backward too."""
-        if parameter.dtype == self.dtype or not self._caches_casts:
-            return parameter.detach().to(self.dtype)
-        if parameter not in self._casts:
-            self._casts[parameter] = parameter.detach().to(self.dtype)
-        return self._casts[parameter]
-
-    def folded(self, unit: Unit, weight: Tensor, scale: Tensor) -> Tensor:
-        """The weight of a convolution times gamma rstd per filter; streams share it."""
-        if self._folded is None or self._folded[0] is not unit:
-            self._folded = unit, weight * per_filter(scale, weight)
-        return self._folded[1]
+        """A parameter in the dtype that the stage computes in: itself; or a copy, made once where
+        autocast's own cache would keep it for the backward too."""
+        found = self._casts.get(parameter)
+        if found is None:
+            found = parameter.detach().to(self.dtype)
+            if parameter.dtype == self.dtype or self._caches_casts:
+                self._casts[parameter] = found
+        return found
 
     def kernel(self, op: str, name: str) -> Callable[..., Any]:
         return implementation(op, name, self.backend)
 
     def scale(self, unit: Norm) -> Tensor:
         """gamma rstd of a BatchNorm, (C,)."""
-        rstd: Tensor = self.state[unit].rstd
-        gamma = unit.bn.weight
-        return rstd if gamma is None else gamma.detach().to(rstd.dtype) * rstd
+        scale: Tensor = self.state[unit].scale
+        return scale
 
     def leads(self, value: Op, stream: Stream) -> bool:
         """Whether a reverse pass must go on to ``value``."""
@@ -230,11 +222,11 @@ class Run:
                 assert unit is not None
                 for table, stream in zip(tables, streams, strict=True):
                     found = unit.reverse(self, table.take(unit.output), stream)
-                    for value, grad in zip(unit.inputs, found, strict=True):
-                        if grad is not None and self.leads(value, stream):
-                            table.add(value, grad, private=not unit.shares)
+                    for value, made in zip(unit.inputs, found, strict=True):
+                        if made is not None and self.leads(value, stream):
+                            table.add(value, made, private=not unit.shares)
+                    made = None
                     del found
-                self._folded = None
                 if last:
                     self.state.pop(unit, None)
             else:
@@ -314,25 +306,31 @@ class _Table:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.held: dict[Op, tuple[Tensor, bool]] = {}
+        self.held: dict[Op, tuple[Tensor | Spread, bool]] = {}
 
-    def add(self, value: Op, grad: Tensor, private: bool) -> None:
+    def add(self, value: Op, grad: Tensor | Spread, private: bool) -> None:
         """``private``: the tensor is nobody else's, and may be written into."""
-        if grad.dtype != self.dtype:
+        if isinstance(grad, Tensor) and grad.dtype != self.dtype:
             grad, private = grad.to(self.dtype), True
-        held = self.held.get(value)
-        if held is None:
+        if value not in self.held:
             self.held[value] = grad, private
-        elif held[1]:
-            held[0].add_(grad)
-        elif private:
-            self.held[value] = grad.add_(held[0]), True
         else:
-            self.held[value] = held[0] + grad, True
+            self.held[value] = _sum(*self.held[value], grad, private), True
 
     def take(self, value: Op) -> Tensor | None:
-        found = self.held.pop(value, None)
-        return None if found is None else found[0]
+        found = self.held.pop(value, (None, False))[0]
+        return found.dense() if isinstance(found, Spread) else found
+
+
+def _sum(a: Tensor | Spread, a_private: bool, b: Tensor | Spread, b_private: bool) -> Tensor:
+    """In the memory of one of them where it may be."""
+    if isinstance(b, Spread) or (b_private and not a_private and isinstance(a, Tensor)):
+        (a, a_private), (b, b_private) = (b, b_private), (a, a_private)
+    if isinstance(b, Spread):
+        b, b_private = b.dense(), True
+    if isinstance(a, Spread):
+        return a.add_to(b) if b_private else a.dense().add_(b)
+    return a.add_(b) if a_private else a + b
 
 
 def parameters_of(stage: Stage) -> list[nn.Parameter]:

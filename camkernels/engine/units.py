@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels.ops.batch_norm_relu import norm
+from camkernels.ops.conv2d import pointwise
 from camkernels.ops.conv2d.op import Geometry
 from camkernels.ops.max_pool.reference import Window, max_pool
 
@@ -30,7 +31,28 @@ if TYPE_CHECKING:
     from camkernels.engine.trace import Op
 
 aten = torch.ops.aten
+
+
+@dataclass
+class Spread:
+    """The cotangent of what a strided 1 x 1 convolution reads: zero but at every s-th pixel. Added
+    to another where it is, so that no zeros are written and read."""
+
+    read: Tensor
+    size: tuple[int, int]
+    stride: tuple[int, int]
+
+    def dense(self) -> Tensor:
+        return pointwise.spread(self.read, self.size, self.stride, memory_format_of(self.read))
+
+    def add_to(self, grad: Tensor) -> Tensor:
+        grad[:, :, :: self.stride[0], :: self.stride[1]].add_(self.read)
+        return grad
+
+
 Cotangents = tuple[Tensor | None, ...]
+Given = tuple[Tensor | Spread | None, ...]
+"""What a unit of a reverse pass gives its inputs."""
 
 
 @dataclass
@@ -49,6 +71,8 @@ class Second:
     """What a tangent pass leaves for the last backward."""
 
     of_z: dict[Norm, Tensor] = field(default_factory=dict)
+    of_filters: dict[Conv, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """Gradients of weights in the dtype of the stage, and gamma rstd that they lack still."""
     of_parameters: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
 
@@ -121,7 +145,7 @@ class Unit:
         """The output's shape, from tensors on the meta device."""
         return xs[0]
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Given:
         raise NotImplementedError
 
     def tangent(

@@ -3,6 +3,9 @@ reference.py."""
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ TENSORS = (
     "grad_grad_residual", "grad_prime", "sums", "grad_sums", "c_gamma", "c_beta", "out",
     "second_out", "out_mask", "results", "scratch",
 )  # fmt: skip
+_PLACES = {name: place for place, name in enumerate(TENSORS)}
 
 # Pixels of a plane per task: what a second pass of bn_stats, where one is needed, finds in the
 # first-level cache.
@@ -28,24 +32,38 @@ _SUMS = {"bn_stats": 3, "bn_bwd_reduce": 2, "bn_bwd_bwd_reduce": 3}
 _VALUES = 10
 
 
-def _block(z: Tensor, channels_last: bool) -> int:
+class _Plan(NamedTuple):
+    """How a kernel runs over tensors of one shape, dtype and layout."""
+
+    sizes: tuple[int, int, int]
+    dtype: int
+    block: int
     """Pixels per task; from shape and dtype alone, so that sums are added in the same order
     whatever the thread count."""
-    pixels = z.shape[2] * z.shape[3]
-    if not channels_last:
-        return min(_STRETCH, max(pixels, 1))
-    size = min(max(_BLOCK_BYTES, z.numel() * z.itemsize // _TASKS), _LARGE_BLOCK_BYTES)
-    wanted = size // (z.shape[1] * z.itemsize)
-    return min(max(wanted // 8 * 8, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    elements: int
+    scratch: int
+    whole_lines: bool
+    """Whether every row begins on a cache line where the first does."""
 
 
-def _scratch_size(kernel: str, z: Tensor, channels_last: bool, block: int) -> int:
-    batch, channels, height, width = z.shape
-    pixels, sums = height * width, _SUMS.get(kernel, 0)
-    if not channels_last:
-        return batch * channels * -(-pixels // block) * sums
-    rows = -(-batch * pixels // block) * sums + (0 if kernel == "bn_stats" else _VALUES)
-    return rows * (-(-channels // 16) * 16)
+@functools.lru_cache(maxsize=4096)
+def _plan(kernel: str, shape: torch.Size, dtype: torch.dtype, channels_last: bool) -> _Plan:
+    batch, channels, pixels = shape[0], shape[1], shape[2] * shape[3]
+    elements, sums = batch * channels * pixels, _SUMS.get(kernel, 0)
+    if channels_last:
+        row = channels
+        size = min(max(_BLOCK_BYTES, elements * dtype.itemsize // _TASKS), _LARGE_BLOCK_BYTES)
+        wanted = size // (channels * dtype.itemsize)
+        block = min(max(wanted // 8 * 8, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+        rows = -(-batch * pixels // block) * sums + (0 if kernel == "bn_stats" else _VALUES)
+        scratch = rows * (-(-channels // 16) * 16)
+    else:
+        row = pixels
+        block = min(_STRETCH, max(pixels, 1))
+        scratch = batch * channels * -(-pixels // block) * sums
+    whole_lines = row * dtype.itemsize % 64 == 0
+    code = _native.DTYPE_CODES[dtype]
+    return _Plan((batch, channels, pixels), code, block, elements, scratch, whole_lines)
 
 
 def _run(
@@ -59,36 +77,41 @@ def _run(
     inv_count: float = 0.0,
     **tensors: Tensor | None,
 ) -> None:
-    batch, channels, height, width = z.shape
-    masks = (tensors.get("mask"), tensors.get("out_mask"))
-    # Planes of one pixel are rows of channels; only the layout of a mask tells them apart.
-    channels_last = _layout.is_channels_last(z) or (height * width == 1 and masks == (None, None))
-    threads, block = _cpu_view.threads(z.numel()), _block(z, channels_last)
-    size = _scratch_size(kernel, z, channels_last, block)
-    tensors |= {"z": z, "mean": mean, "scratch": mean.new_empty(size)}
+    # A training step makes hundreds of these calls: what shapes decide is looked up.
+    channels_last = _layout.is_channels_last(z) or (
+        # Planes of one pixel are rows of channels; only the layout of a mask tells them apart.
+        z.shape[2] * z.shape[3] == 1
+        and tensors.get("mask") is None
+        and tensors.get("out_mask") is None
+    )
+    plan = _plan(kernel, z.shape, z.dtype, channels_last)
+    scratch = mean.new_empty(plan.scratch)
+    tensors |= {"z": z, "mean": mean, "scratch": scratch}
+    addresses = [0] * len(TENSORS)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            addresses[_PLACES[name]] = tensor.data_ptr()
     getattr(_cpu, kernel)(
-        (batch, channels, height * width),
-        _native.DTYPE_CODES[z.dtype],
+        plan.sizes,
+        plan.dtype,
         channels_last,
-        _streams(z, channels_last, tensors),
+        _streams(plan, z.dtype, addresses[_PLACES["out"]], addresses[_PLACES["second_out"]]),
         relu,
         guided,
         scaled,
         inv_count,
-        block,
-        threads,
-        _native.pointers([tensors.get(name) for name in TENSORS]),
+        plan.block,
+        _cpu_view.threads(plan.elements),
+        addresses,
     )
 
 
-def _streams(z: Tensor, channels_last: bool, tensors: dict[str, Tensor | None]) -> bool:
-    """Whether outputs are stored past the caches; every row must begin on a cache line."""
-    row = z.shape[1] if channels_last else z.shape[2] * z.shape[3]
-    outputs = (tensors.get("out"), tensors.get("second_out"))
+def _streams(plan: _Plan, dtype: torch.dtype, *outputs: int) -> bool:
+    """Whether outputs at these addresses are stored past the caches."""
     return (
-        _cpu_view.streams(z.numel(), z.dtype)
-        and row * z.itemsize % 64 == 0
-        and all(out is None or out.data_ptr() % 64 == 0 for out in outputs)
+        plan.whole_lines
+        and all(address % 64 == 0 for address in outputs)
+        and _cpu_view.streams(plan.elements, dtype)
     )
 
 

@@ -101,6 +101,14 @@ def gradients(
     return found if wide is None else tuple(None if f is None else f.to(dtype) for f in found)
 
 
+def strided_gradient(grad: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor | None:
+    """grad_x of a strided 1 x 1 convolution at the pixels that it has read, every s-th; elsewhere
+    it is zero. None for other convolutions, and where the library is faster."""
+    if spec.stride == (1, 1) or _widened(grad) is not None:
+        return None
+    return pointwise.read_gradient(grad, weight, spec)
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """Shape and layout of a tensor that was not kept."""
@@ -111,6 +119,11 @@ class Geometry:
     @classmethod
     def of(cls, tensor: Tensor) -> Geometry:
         return cls(tensor.shape, tensor.stride())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of a plane."""
+        return self.shape[2], self.shape[3]
 
     def blank(self, like: Tensor) -> Tensor:
         """Memory that nobody reads, and so never touched, for calls that look at shapes only."""

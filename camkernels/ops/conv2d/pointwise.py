@@ -119,25 +119,31 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> 
     return _times(_read(x, spec), weight.flatten(1)) if _suited(x, plane, weight, False) else None
 
 
+def read_gradient(grad: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor | None:
+    """grad_x at the pixels that the convolution has read, or None where the library is faster."""
+    plane = grad.shape[2] * grad.shape[3]
+    if not is_pointwise(grad, grad.shape[0] * plane, weight, spec):
+        return None
+    if _suited(grad, plane, weight, False):
+        return _times(grad, weight.flatten(1).t())
+    if spec.stride == (1, 1) or not (_in_planes(grad) or _in_rows(grad)):
+        return None
+    read: Tensor = torch.ops.aten.convolution_backward(
+        grad, grad.new_empty((grad.shape[0], weight.shape[1], *grad.shape[2:])), weight,
+        (weight.shape[0],), (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, False, False),
+    )[0]  # fmt: skip
+    return read
+
+
 def data_gradient(
     grad: Tensor, size: tuple[int, int], weight: Tensor, spec: ConvSpec
 ) -> Tensor | None:
     """grad_x, of planes of ``size``, or None where the library's is faster."""
-    plane = grad.shape[2] * grad.shape[3]
-    strided = spec.stride != (1, 1)
-    if not is_pointwise(grad, grad.shape[0] * plane, weight, spec):
-        return None
-    if _suited(grad, plane, weight, False):
-        read = _times(grad, weight.flatten(1).t())
-    elif strided and (_in_planes(grad) or _in_rows(grad)):
-        read = torch.ops.aten.convolution_backward(
-            grad, grad.new_empty((grad.shape[0], weight.shape[1], *grad.shape[2:])), weight,
-            (weight.shape[0],), (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, False, False),
-        )[0]  # fmt: skip
-    else:
-        return None
+    read = read_gradient(grad, weight, spec)
+    if read is None or spec.stride == (1, 1):
+        return read
     layout = torch.contiguous_format if _in_planes(grad) else torch.channels_last
-    return spread(read, size, spec.stride, layout) if strided else read
+    return spread(read, size, spec.stride, layout)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec) -> Tensor | None:

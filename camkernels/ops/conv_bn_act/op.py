@@ -30,8 +30,8 @@ from camkernels.ops.conv2d.op import ConvSpec, Geometry, convolve, gradients
 
 
 def per_filter(values: Tensor, like: Tensor) -> Tensor:
-    """(C,) beside a weight (C, K, kh, kw)."""
-    return values.to(like.dtype).view(-1, 1, 1, 1)
+    """(C,) beside a weight (C, K, kh, kw), or a bias."""
+    return values.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
 
 
 class ConvBNActBackwardFunction(torch.autograd.Function):
