@@ -82,7 +82,7 @@ class Conv(Unit):
         weight = torch.empty(self.conv.weight.shape, device="meta")
         return convolve(xs[0], weight, None, self.spec)
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Given:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Given:
         parameter, bias = self.conv.weight, self.conv.bias
         pending = None if stream.second is None else stream.second.of_filters.pop(self, None)
         if grad is None:
@@ -252,7 +252,7 @@ class Norm(Unit):
         z, mask = run.value(self.z), state.mask
         return Saved(z, state.mean, state.rstd, state.gamma, state.beta, mask), state
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Given:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Given:
         nothing = (None,) * len(self.inputs)
         waiting = None if stream.second is None else stream.second.of_z.pop(self, None)
         saved, state = self._saved(run)
@@ -263,8 +263,9 @@ class Norm(Unit):
         record, spec = stream.record, state.spec
         want_residual = self.residual is not None and run.leads(self.residual, stream)
         weights = stream.wants(self.bn.weight) or stream.wants(self.bn.bias)
+        laid = norm.conform(grad, saved.z)
         to_z, to_residual, sums, total = norm.first_order(
-            norm.conform(grad, saved.z), saved, spec, state.inv_count,
+            laid, saved, spec, state.inv_count, inplace=private or laid is not grad,
             guided=stream.guided and self.relu, scaled=record is None, addend=waiting,
             want_residual=want_residual, want_sums=weights,
         )  # fmt: skip

@@ -221,7 +221,9 @@ class Run:
                 unit = action.unit
                 assert unit is not None
                 for table, stream in zip(tables, streams, strict=True):
-                    found = unit.reverse(self, table.take(unit.output), stream)
+                    grad, private = table.take(unit.output)
+                    found = unit.reverse(self, grad, stream, private)
+                    del grad
                     for value, made in zip(unit.inputs, found, strict=True):
                         if made is not None and self.leads(value, stream):
                             table.add(value, made, private=not unit.shares)
@@ -237,7 +239,7 @@ class Run:
     def _of_inputs(self, table: _Table) -> list[Tensor | None]:
         found = []
         for value, dtype in zip(self.stage.inputs, self._input_dtypes, strict=True):
-            grad = table.take(value) if value in self.of_inputs else None
+            grad = table.take(value)[0] if value in self.of_inputs else None
             found.append(None if grad is None else grad.to(dtype))
         return found
 
@@ -317,9 +319,10 @@ class _Table:
         else:
             self.held[value] = _sum(*self.held[value], grad, private), True
 
-    def take(self, value: Op) -> Tensor | None:
-        found = self.held.pop(value, (None, False))[0]
-        return found.dense() if isinstance(found, Spread) else found
+    def take(self, value: Op) -> tuple[Tensor | None, bool]:
+        """The sum, and whether it is private."""
+        found, private = self.held.pop(value, (None, False))
+        return (found.dense(), True) if isinstance(found, Spread) else (found, private)
 
 
 def _sum(a: Tensor | Spread, a_private: bool, b: Tensor | Spread, b_private: bool) -> Tensor:

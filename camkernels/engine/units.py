@@ -145,7 +145,8 @@ class Unit:
         """The output's shape, from tensors on the meta device."""
         return xs[0]
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Given:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Given:
+        """``private``: ``grad`` is nobody else's, and may be written over."""
         raise NotImplementedError
 
     def tangent(
@@ -175,7 +176,7 @@ class ReLU(Unit):
         to_u: Tensor = run.kernel("relu", "relu_bwd")(norm.conform(grad, u), u, guided)
         return to_u
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Cotangents:
         return (self._backward(run, grad, stream.guided),)
 
     def tangent(
@@ -199,7 +200,7 @@ class Add(Unit):
             )
         return a + b
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Cotangents:
         return grad, grad
 
     def tangent(
@@ -222,7 +223,7 @@ class Cat(Unit):
     def outline(self, *xs: Tensor) -> Tensor:
         return torch.cat(xs, 1)
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Cotangents:
         if grad is None:
             return (None,) * len(self.inputs)
         sizes = [geometry.shape[1] for geometry in run.state[self]]
@@ -287,7 +288,7 @@ class MaxPool(Unit):
         y: Tensor = run.kernel("max_pool", "max_pool_gather")(xs[0], positions, self.window)
         return y
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Cotangents:
         if grad is None:
             return (None,)
         state: PoolState = run.state[self]
@@ -319,7 +320,7 @@ class AvgPool(Unit):
         y: Tensor = aten.avg_pool2d(xs[0], *self.arguments)
         return y
 
-    def reverse(self, run: Run, grad: Tensor | None, stream: Stream) -> Cotangents:
+    def reverse(self, run: Run, grad: Tensor | None, stream: Stream, private: bool) -> Cotangents:
         if grad is None:
             return (None,)
         blank = run.state[self].blank(grad)

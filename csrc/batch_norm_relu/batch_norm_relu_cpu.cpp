@@ -91,7 +91,8 @@ struct Backward {
   template <class Values>
   CAMKERNELS_INLINE void row(const Values& values, const Stretch& s) const {
     const int64_t offset = s.row * args.row_length() + s.begin;
-    const T *z = of<T>(args.z, offset), *grad = of<T>(args.grad, offset);
+    const T* z = of<T>(args.z, offset);
+    const T* grad = of<T>(args.grad, offset);  // may be one of the results
     const T* addend = of<T>(args.addend, offset);
     T *out = of<T>(args.out, offset), *to_residual = of<T>(args.second_out, offset);
     const uint8_t* mask = mask_of(args, s.row);
@@ -100,11 +101,13 @@ struct Backward {
       const Vec<A> d = read<A>(kind, z + i, count) - values.get(kMean, i);
       Vec<A> g = read<A>(kind, grad + i, count);
       g = gated<A, kGate>(mask, guided, values, g, d, s.begin + i, count);
-      if (to_residual != nullptr) write<A>(kind, to_residual + i, g, count, streaming);
+      if (to_residual != nullptr) {
+        write<A>(kind, to_residual + i, g, count, streaming && to_residual != grad);
+      }
       g -= values.get(kLevel, i) + values.get(kSlope, i) * d;
       if (scaled) g *= values.get(kFactor, i);
       if (addend != nullptr) g += read<A>(kind, addend + i, count);
-      write<A>(kind, out + i, g, count, streaming);
+      write<A>(kind, out + i, g, count, streaming && out != grad);
     });
   }
 };

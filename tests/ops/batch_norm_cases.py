@@ -150,10 +150,12 @@ def call(kernels: Callable[[str], Any], name: str, x: Inputs) -> tuple[Tensor, .
         result = kernels(name)(x.grad, x.z, *x.per_channel, x.mask, case.relu, case.guided)
     elif name == "bn_bwd":
         addend = x.addend if case.scaled else None
+        grad = x.grad.clone() if case.inplace else x.grad
         result = kernels(name)(
-            x.grad, x.z, *x.per_channel, x.mask, x.sums, x.inv_count, case.relu, case.guided,
-            case.scaled, addend, case.residual,
+            grad, x.z, *x.per_channel, x.mask, x.sums, x.inv_count, case.relu, case.guided,
+            case.scaled, addend, case.residual, inplace=case.inplace,
         )  # fmt: skip
+        assert not case.inplace or result[case.residual] is grad
     elif name == "bn_bwd_bwd_reduce":
         result = kernels(name)(x.grad_grad, x.grad_prime, x.z, x.mean, x.rstd)
     else:

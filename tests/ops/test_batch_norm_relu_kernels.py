@@ -348,7 +348,7 @@ def test_stores_past_the_caches(channels_last: bool, monkeypatch: pytest.MonkeyP
                         dataclasses.replace(case, inplace=inplace, reuse_prime=reuse_prime)
                     )
                     names = ("bn_fwd", "bn_bwd", "bn_bwd_bwd")
-                    for name in names[2:] if inplace or reuse_prime else names:
+                    for name in names[2 - inplace :] if inplace or reuse_prime else names:
                         plain = call(run, name, given)
                         with monkeypatch.context() as patched:
                             patched.setattr(_cpu_view, "_STREAM_FROM", 0)

@@ -125,14 +125,6 @@ def _like(z: Tensor) -> Tensor:
     return torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=layout)
 
 
-def _optional(z: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """An output as it is returned, and as the kernel is given it."""
-    if not wanted:
-        return z.new_empty(0), None
-    out = _like(z)
-    return out, out
-
-
 def bn_stats(z: Tensor) -> tuple[Tensor, Tensor]:
     results = z.new_empty((2, z.shape[1]), dtype=_layout.accumulate_dtype(z.dtype))
     _run("bn_stats", z, results, results=results)
@@ -198,14 +190,16 @@ def bn_bwd(
     scaled: bool,
     addend: Tensor | None,
     want_residual: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    out, (to_residual, second) = _like(z), _optional(z, want_residual)
+    out = grad if inplace and not want_residual else _like(z)
+    second = grad if inplace and want_residual else _like(z) if want_residual else None
     _run(
         "bn_bwd", z, mean, rstd=rstd, gamma=gamma, beta=beta, mask=_given(mask), grad=grad,
         sums=sums, inv_count=inv_count, relu=relu, guided=guided, scaled=scaled, addend=addend,
         out=out, second_out=second,
     )  # fmt: skip
-    return out, to_residual
+    return out, z.new_empty(0) if second is None else second
 
 
 def bn_bwd_bwd_reduce(

@@ -42,8 +42,10 @@ def bn_bwd_reduce(grad: Tensor, z: Tensor, *rest: Any) -> Tensor:
     return _sums(z, 2)
 
 
-def bn_bwd(grad: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def bn_bwd(grad: Tensor, z: Tensor, *rest: Any, inplace: bool = False) -> tuple[Tensor, Tensor]:
     want_residual = rest[-1]
+    if inplace:
+        return (_like(z), grad) if want_residual else (grad, z.new_empty(0))
     return _like(z), _like(z) if want_residual else z.new_empty(0)
 
 

@@ -33,8 +33,8 @@ class NormSpec:
     group: Any
     backend: str
 
-    def run(self, kernel: str, *args: Any) -> Any:
-        return implementation("batch_norm_relu", kernel, self.backend)(*args)
+    def run(self, kernel: str, *args: Any, **options: Any) -> Any:
+        return implementation("batch_norm_relu", kernel, self.backend)(*args, **options)
 
     @property
     def shared(self) -> bool:
@@ -187,9 +187,11 @@ def first_order(
     addend: Tensor | None,
     want_residual: bool,
     want_sums: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cotangent of z (or g', see reference.py), that of the residual, and the sums S_g and S_gz
-    of this process and of all. In evaluation mode the sums are left out where nobody wants them."""
+    of this process and of all. In evaluation mode the sums are left out where nobody wants them.
+    ``inplace``: grad is nobody else's and may be overwritten."""
     if spec.training or want_sums:
         sums = spec.run("bn_bwd_reduce", grad, *saved.arguments, spec.relu, guided)
     else:
@@ -198,7 +200,7 @@ def first_order(
     total = spec.total(sums) if spec.training else torch.zeros_like(sums)
     to_z, to_residual = spec.run(
         "bn_bwd", grad, *saved.arguments, total, inv_count, spec.relu, guided, scaled, addend,
-        want_residual,
+        want_residual, inplace=inplace,
     )  # fmt: skip
     return to_z, to_residual, sums, total
 

@@ -185,6 +185,7 @@ def bn_bwd(
     scaled: bool,
     addend: Tensor | None,
     want_residual: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The cotangent of z: g', or gamma rstd g' if ``scaled``, plus ``addend``; and g_u, the
     cotangent of the residual (empty unless wanted). In dtype and layout of z.
@@ -192,6 +193,8 @@ def bn_bwd(
     Args:
         sums: (2, C) of bn_bwd_reduce (summed over processes where statistics are shared).
         addend: another cotangent of z, of its shape; only with ``scaled``.
+        inplace: grad is in dtype and layout of z, and nobody else's: one of the results, that of
+            the residual where it is wanted, is written over it.
     """
     grad_u = _masked(grad, z, mean, rstd, gamma, beta, mask, relu, guided)
     zhat = normalized(z, mean, rstd)
@@ -201,7 +204,12 @@ def bn_bwd(
     if addend is not None:
         out = out + wide(addend)
     residual = like_layout(grad_u, z) if want_residual else z.new_empty(0)
-    return like_layout(out, z), residual
+    out = like_layout(out, z)
+    if inplace and want_residual:
+        residual = grad.copy_(residual)
+    elif inplace:
+        out = grad.copy_(out)
+    return out, residual
 
 
 def bn_bwd_bwd_reduce(

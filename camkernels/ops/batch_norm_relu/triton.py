@@ -335,11 +335,16 @@ def bn_bwd(
     scaled: bool,
     addend: Tensor | None,
     want_residual: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """g', or gamma rstd g' plus ``addend``; and g_u, the cotangent of the residual (empty unless
-    wanted). In dtype and layout of z."""
-    grad_z, mask = torch.empty_like(z), used_mask(mask, relu)
-    grad_residual = torch.empty_like(z) if want_residual else z.new_empty(0)
+    wanted). In dtype and layout of z; with ``inplace`` one of them, the latter where it is wanted,
+    is written over grad."""
+    mask = used_mask(mask, relu)
+    grad_z = grad if inplace and not want_residual else torch.empty_like(z)
+    grad_residual = z.new_empty(0)
+    if want_residual:
+        grad_residual = grad if inplace else torch.empty_like(z)
     if z.numel():
         elementwise(
             bn_bwd_kernel, z, mask, BACKWARD_TILE,
