@@ -4,8 +4,9 @@ gradients of both orders."""
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from camkernels import backends
 from camkernels.engine import conv_norm
+from camkernels.engine.passes import _Table
+from camkernels.engine.trace import Op
 from camkernels.engine.units import Spread
 from camkernels.ops.conv2d import pointwise
 
@@ -174,3 +177,33 @@ def test_both_orders_under_autocast_meet_in_float32() -> None:
         if "conv" in name and gradient.dim() == 4:
             rounded += int(torch.equal(gradient, gradient.bfloat16().float()))
     assert not rounded
+
+
+KINDS = ("private", "shared", "spread")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kinds", [*itertools.product(KINDS, KINDS, KINDS), *KINDS], ids=str)
+def test_what_others_hold_is_not_written_over(
+    kinds: str | tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """``dtype``: of what comes; the table's is float64."""
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    table, value = _Table(torch.float64), cast(Op, "any key")
+    total, shared = torch.zeros(2, 3, 5, 7, dtype=torch.float64), []
+    for kind in kinds:
+        if kind == "spread":
+            part = Spread(torch.randn(2, 3, 3, 4).double(), (5, 7), (2, 2))
+            total += part.dense()
+        else:
+            part = torch.randn(2, 3, 5, 7).to(dtype)
+            total += part
+            if kind == "shared":
+                shared.append((part, part.clone()))
+        table.add(value, part, private=kind != "shared")
+    found, private = table.take(value)
+    torch.testing.assert_close(found, total, rtol=1e-14, atol=1e-14)
+    for part, before in shared:
+        assert torch.equal(part, before)
+        assert not private or found.data_ptr() != part.data_ptr()
+    assert table.take(value) == (None, False)
