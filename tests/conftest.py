@@ -63,6 +63,7 @@ INTERPRETED_SLOWLY = (
     "test_shapes[shape3-",
     "test_shapes[shape5-False-",
     "test_named_cases[256 taps-",
+    "test_extremes_of_each_statistic_alone[",
 )
 # The reference against the reference in float64.
 COMPARED_WITH_ITSELF = ("::test_extremes[reference]",)
