@@ -150,11 +150,11 @@ def _kernels_counted(traffic: Traffic, mode: _Operators) -> Iterator[None]:
     def counted(op: str, kernel: str, backend: str) -> Callable[..., Any]:
         function = original(op, kernel, backend)
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             # the reference's formula stands for a kernel; what others do in aten is real
             mode.paused += backend == "reference"
             try:
-                outputs = function(*args)
+                outputs = function(*args, **options)
             finally:
                 mode.paused -= backend == "reference"
             amount = 0
