@@ -342,17 +342,15 @@ def bn_bwd(
     is written over grad."""
     mask = used_mask(mask, relu)
     grad_z = grad if inplace and not want_residual else torch.empty_like(z)
-    grad_residual = z.new_empty(0)
-    if want_residual:
-        grad_residual = grad if inplace else torch.empty_like(z)
+    residual = grad if inplace and want_residual else torch.empty_like(z) if want_residual else None
     if z.numel():
         elementwise(
             bn_bwd_kernel, z, mask, BACKWARD_TILE,
             grad, z, mean, rstd, gamma, beta, mask, sums, addend, grad_z,
-            grad_residual if want_residual else None, float(inv_count),
+            residual, float(inv_count),
             RELU=relu, GUIDED=guided and relu, SCALED=scaled,
         )  # fmt: skip
-    return grad_z, grad_residual
+    return grad_z, z.new_empty(0) if residual is None else residual
 
 
 def bn_bwd_bwd_reduce(
