@@ -35,7 +35,7 @@ class Fills:
     """Stands for the convolutions; ``seconds``: what the filling took."""
 
     def __init__(self, layout: torch.memory_format) -> None:
-        self.layout, self.seconds, self.count = layout, 0.0, 0
+        self.layout, self.seconds = layout, 0.0
 
     def filled(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         start = time.perf_counter()
@@ -43,7 +43,6 @@ class Fills:
             shape, dtype=like.dtype, device=like.device, memory_format=self.layout
         ).fill_(0.37)
         self.seconds += time.perf_counter() - start
-        self.count += 1
         return made
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: Any) -> Tensor:

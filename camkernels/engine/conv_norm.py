@@ -27,8 +27,8 @@ from camkernels.nn import modules
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu.norm import NormSpec, Saved
 from camkernels.ops.conv2d import filters
+from camkernels.ops.conv2d.filters import per_filter
 from camkernels.ops.conv2d.op import ConvSpec, Geometry, convolve, gradients, strided_gradient
-from camkernels.ops.conv_bn_act.op import per_filter
 
 if TYPE_CHECKING:
     from camkernels.engine.passes import Run
@@ -68,15 +68,13 @@ class Conv(Unit):
         return ConvSpec(conv.stride, self.padding, conv.dilation, conv.groups)
 
     def forward(self, run: Run, *xs: Tensor) -> Tensor:
-        (x,) = xs
-        weight, bias = run.cast(self.conv.weight), self.conv.bias
-        run.state[self] = state = ConvState(self.spec, Geometry.of(x))
-        return convolve(x, weight, None if bias is None else run.cast(bias), state.spec)
+        run.state[self] = ConvState(self.spec, Geometry.of(xs[0]))
+        return self.again(run, *xs)
 
     def again(self, run: Run, *xs: Tensor) -> Tensor:
-        bias, state = self.conv.bias, run.state[self]
-        weight = run.cast(self.conv.weight)
-        return convolve(xs[0], weight, None if bias is None else run.cast(bias), state.spec)
+        weight, bias = run.cast(self.conv.weight), self.conv.bias
+        spec = run.state[self].spec
+        return convolve(xs[0], weight, None if bias is None else run.cast(bias), spec)
 
     def outline(self, *xs: Tensor) -> Tensor:
         weight = torch.empty(self.conv.weight.shape, device="meta")

@@ -12,7 +12,7 @@ from torch import Tensor
 from camkernels import _cpu
 from camkernels.ops import _cpu_view, _layout, _native
 
-# The order in which csrc/batch_norm_relu/batch_norm_relu_bindings.cpp takes pointers.
+# The order in which csrc/batch_norm_relu/batch_norm_relu_bindings.h takes pointers.
 TENSORS = (
     "z", "mean", "rstd", "gamma", "beta", "mask", "grad", "residual", "addend", "grad_grad",
     "grad_grad_residual", "grad_prime", "sums", "grad_sums", "c_gamma", "c_beta", "out",

@@ -1,4 +1,4 @@
-"""Sums of weight gradients, a factor per filter."""
+"""Factors per filter, and sums of weight gradients with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from torch import Tensor
 from camkernels.ops import _cpu_view, _native
 
 _NARROW = (torch.bfloat16, torch.float16)
+
+
+def per_filter(values: Tensor, like: Tensor) -> Tensor:
+    """(K,) beside a weight (K, C, kh, kw), or a bias."""
+    return values.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
 
 
 def add_scaled(
@@ -25,12 +30,11 @@ def add_scaled(
     narrow = dtype == torch.float32 and other.dtype in _NARROW and _rows_alike(value, other)
     if narrow and backend in ("cpu", "meta"):
         return _add_narrow(value, other, scale, backend)
-    if scale is not None:
-        scale = scale.to(dtype).view(-1, *(1,) * (other.dim() - 1))
+    other = other.to(dtype)
     if value is None:
-        return other.to(dtype) if scale is None else other.to(dtype).mul_(scale)
-    value, other = value.to(dtype), other.to(dtype)
-    return value.add_(other) if scale is None else value.addcmul_(other, scale)
+        return other if scale is None else other.mul_(per_filter(scale, other))
+    value = value.to(dtype)
+    return value.add_(other) if scale is None else value.addcmul_(other, per_filter(scale, other))
 
 
 def _rows_alike(value: Tensor | None, other: Tensor) -> bool:

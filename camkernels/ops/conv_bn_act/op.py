@@ -26,12 +26,8 @@ from camkernels.ops import _layout
 from camkernels.ops.batch_norm_relu import norm
 from camkernels.ops.batch_norm_relu.norm import NormSpec, Saved
 from camkernels.ops.batch_norm_relu.recipe import Recipe
+from camkernels.ops.conv2d.filters import per_filter
 from camkernels.ops.conv2d.op import ConvSpec, Geometry, convolve, gradients
-
-
-def per_filter(values: Tensor, like: Tensor) -> Tensor:
-    """(C,) beside a weight (C, K, kh, kw), or a bias."""
-    return values.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
 
 
 class ConvBNActBackwardFunction(torch.autograd.Function):
